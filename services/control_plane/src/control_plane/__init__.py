@@ -1,0 +1,1 @@
+"""Control plane: files, runs, jobs, artifacts, deployments and keys over REST."""

@@ -1,0 +1,1 @@
+"""Stage evaluate: perplexity, exact answers, formats, parity ledger, gates and report."""

@@ -1,0 +1,1 @@
+"""The one public base URL: OpenAI-compatible API with retrieval and citations."""

@@ -1,0 +1,1 @@
+"""Stage ingest: documents to chunks to embeddings in a vector store."""

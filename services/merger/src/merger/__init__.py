@@ -1,0 +1,1 @@
+"""Stage merge: streaming merge of stacked LoRA adapters into full weights."""

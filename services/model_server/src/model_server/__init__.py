@@ -1,0 +1,1 @@
+"""Stage deploy and the supervisor that starts, watches and restarts `vllm serve`."""

@@ -1,0 +1,1 @@
+"""Stage quantize: eight-bit weights with Unsloth, else bitsandbytes."""

@@ -1,0 +1,1 @@
+"""The whole platform as one process tree, and the `parampara` command line."""

@@ -1,0 +1,1 @@
+"""Stages dapt and sft: LoRA training with Unsloth or TRL/PEFT."""

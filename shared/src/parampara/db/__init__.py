@@ -1,0 +1,1 @@
+"""Tables, sessions and migrations. Postgres is the one engine, and the one truth."""

@@ -1,0 +1,89 @@
+"""A recipe: the YAML file that declares a whole run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from parampara.errors import InvalidRequest
+from parampara.schemas.stages import (
+    DaptParams,
+    DeployParams,
+    EvaluateParams,
+    Gate,
+    MergeParams,
+    QuantizeParams,
+    SftParams,
+    Strict,
+)
+
+
+class Stages(Strict):
+    """The line. ``deploy: null`` ends the run after evaluation."""
+
+    dapt: DaptParams = DaptParams()
+    sft: SftParams = SftParams()
+    merge: MergeParams = MergeParams()
+    quantize: QuantizeParams = QuantizeParams()
+    evaluate: EvaluateParams = EvaluateParams()
+    deploy: DeployParams | None = DeployParams()
+
+
+class Recipe(Strict):
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,79}$")]
+    description: Annotated[str, Field(max_length=2000)] = ""
+    base_model: Annotated[str, Field(min_length=1, max_length=200)]
+    """A name in the model catalogue (``PARAMPARA_BASE_MODELS``) or a hub id that is already on this machine."""
+    suffix: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")] = "expert"
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 42
+    backend: Literal["auto", "unsloth", "trl"] = "auto"
+    stages: Stages = Stages()
+    gates: list[Gate] = []
+
+
+def parse_recipe(data: Any, *, param: str = "recipe") -> Recipe:
+    """Validate a recipe given as a mapping.
+
+    Raises:
+        InvalidRequest: names the path of the first key at fault, e.g. ``recipe.stages.dapt.lora.r``.
+    """
+    if not isinstance(data, dict):
+        raise InvalidRequest(f"A recipe is a mapping of keys, not {type(data).__name__}.", param=param)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise invalid(error, param=param) from None
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and validate a YAML recipe.
+
+    Raises:
+        InvalidRequest: not readable, not YAML, or not a recipe.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InvalidRequest(f"Cannot read the recipe {path}: {error}", param="recipe") from None
+    return parse_recipe(data)
+
+
+def invalid(error: ValidationError, *, param: str | None) -> InvalidRequest:
+    """Turn pydantic's report into one message that names path, value and limit of each fault."""
+    faults = []
+    for fault in error.errors(include_url=False):
+        path = ".".join(str(part) for part in ([param] if param else []) + list(fault["loc"]))
+        got = "" if fault["type"] in ("missing", "extra_forbidden") else f" (got {_shown(fault.get('input'))})"
+        known = " is not a known key" if fault["type"] == "extra_forbidden" else f": {fault['msg']}"
+        faults.append((path, f"{path}{known}{got}"))
+    first = faults[0][0] or None
+    code = "unknown_parameter" if error.errors()[0]["type"] == "extra_forbidden" else "invalid_value"
+    return InvalidRequest("; ".join(text for _, text in faults[:5]), param=first, code=code)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

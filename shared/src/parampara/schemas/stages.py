@@ -1,0 +1,343 @@
+"""What goes into a stage and what comes out of it.
+
+A stage is a plain function over local paths: ``run(config, *, workdir, progress) -> result``. The classes here are those
+configs and results; the same JSON is the ``--config`` file of ``python -m <service> <kind>``.
+
+Conventions: every path is local and absolute; ``workdir`` is private to the job and survives its attempts (checkpoints
+live in it); the product is written to ``workdir / "output"`` aside and renamed into place; lengths count tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Kind = Literal["dapt", "sft", "merge", "quantize", "evaluate", "deploy", "ingest"]
+ArtifactKind = Literal["dataset", "adapter", "merged_model", "quantized_model", "report"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+LINEAR_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Strict(BaseModel):
+    """Refuses unknown keys and silent type changes such as ``"3"`` for a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=False, protected_namespaces=())
+
+
+class LoraParams(Strict):
+    """Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685): W + (alpha / r) B A."""
+
+    r: Annotated[int, Field(ge=1, le=512)] = 16
+    lora_alpha: Annotated[float, Field(gt=0, le=4096)] = 32
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    target_modules: Annotated[list[str], Field(min_length=1)] = LINEAR_PROJECTIONS
+    use_rslora: bool = False
+
+
+class TrainParams(Strict):
+    """Optimizer and batch settings; names follow ``transformers.TrainingArguments``. The defaults are the seed's."""
+
+    epochs: Annotated[float, Field(gt=0, le=1000)] = 1
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    per_device_train_batch_size: Annotated[int, Field(ge=1, le=1024)] = 4
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1024)] = 4
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_seq_length: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
+    optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch", "adamw_torch_fused", "adamw_8bit"] = "adamw_torch"
+    precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    gradient_checkpointing: bool = True
+    packing: bool = True
+    eval_steps: Annotated[int, Field(ge=1)] | None = None
+    checkpoint_steps: Annotated[int, Field(ge=1)] = 50
+    keep_checkpoints: Annotated[int, Field(ge=2, le=100)] = 2
+    logging_steps: Annotated[int, Field(ge=1)] = 1
+
+
+class DaptParams(Strict):
+    """Domain-adaptive pretraining on plain text (Gururangan et al. 2020, arXiv 2004.10964)."""
+
+    lora: LoraParams = LoraParams()
+    train: TrainParams = TrainParams()
+    chunk_tokens: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
+    validation_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+
+
+class SftParams(Strict):
+    """Supervised fine-tuning on question and answer; the loss counts answer tokens only."""
+
+    lora: LoraParams = LoraParams()
+    train: TrainParams = TrainParams(epochs=3, packing=False)
+    validation_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+    system_prompt: Annotated[str, Field(max_length=8000)] | None = None
+
+
+class MergeParams(Strict):
+    dtype: Dtype = "float16"
+    max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 5_000_000_000
+
+
+Scheme = Literal["unsloth", "bitsandbytes"]
+
+
+class QuantizeParams(Strict):
+    """Ways to eight bits, tried in order; the result records which one ran and why the earlier ones could not."""
+
+    schemes: Annotated[list[Scheme], Field(min_length=1)] = ["unsloth", "bitsandbytes"]
+    unsloth_save_method: Literal["int8", "w8a8", "w8a16", "fp8"] = "w8a8"
+
+
+class EvaluateParams(Strict):
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 96
+    max_questions: Annotated[int, Field(ge=1)] = 200
+    max_chunks: Annotated[int, Field(ge=1)] = 64
+    parity_prompts: Annotated[int, Field(ge=1)] = 16
+    formats: dict[str, str] = {}
+    """Name to regular expression; the rate of answers that match is reported as ``format.<name>``."""
+
+
+class Gate(Strict):
+    """A bound on one metric of the evaluation report. ``action`` says what a miss means for the run."""
+
+    metric: Annotated[str, Field(pattern=r"^[a-z0-9_.]+$")]
+    min: float | None = None
+    max: float | None = None
+    action: Literal["promote", "hold", "fail"] = "hold"
+    """What happens when the bound is missed: ``promote`` only warns, ``hold`` keeps the alias where it is, ``fail`` fails the run."""
+
+    @model_validator(mode="after")
+    def _has_a_bound(self) -> Gate:
+        if self.min is None and self.max is None:
+            raise ValueError("a gate needs min, max or both")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}: no value can pass")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------- stage configs
+
+
+class TextData(Strict):
+    """Where a text-training stage reads: books (.txt .md .pdf .epub, or .jsonl rows ``{"text": ...}``)."""
+
+    train: Annotated[list[Path], Field(min_length=1)]
+    validation: list[Path] = []
+    """Empty: ``validation_fraction`` of the chunks is held out by :func:`parampara.datasets.split`."""
+
+
+class QaData(Strict):
+    train: Annotated[list[Path], Field(min_length=1)]
+    validation: list[Path] = []
+
+
+class DaptConfig(Strict):
+    kind: Literal["dapt"] = "dapt"
+    model: Path
+    data: TextData
+    params: DaptParams = DaptParams()
+    backend: Literal["auto", "unsloth", "trl"] = "auto"
+    seed: int = 42
+
+
+class SftConfig(Strict):
+    kind: Literal["sft"] = "sft"
+    model: Path
+    data: QaData
+    params: SftParams = SftParams()
+    backend: Literal["auto", "unsloth", "trl"] = "auto"
+    seed: int = 42
+
+
+class TrainResult(Strict):
+    """``output`` holds a PEFT adapter: adapter_model.safetensors, adapter_config.json, tokenizer files, training.json."""
+
+    output: Path
+    backend: Literal["unsloth", "trl"]
+    backend_reason: str
+    base_sha256: str
+    """Fingerprint of the weights the adapter was trained on (:func:`parampara.storage.weights_fingerprint`)."""
+    dtype: Dtype
+    steps: int
+    epochs: float
+    trained_tokens: int
+    tokens_per_second: float
+    seconds: float
+    train_loss_first: float
+    train_loss_last: float
+    validation_loss_before: float
+    validation_loss_after: float
+    perplexity_before: float
+    perplexity_after: float
+    resumed_from_step: int = 0
+    packing_efficiency: float | None = None
+    peak_memory_bytes: int
+    library_versions: dict[str, str] = {}
+
+
+class MergeConfig(Strict):
+    """``adapters`` are applied in order to ``model``; each must have been trained on the result of the ones before it."""
+
+    kind: Literal["merge"] = "merge"
+    model: Path
+    adapters: Annotated[list[Path], Field(min_length=1)]
+    params: MergeParams = MergeParams()
+
+
+class MergeResult(Strict):
+    """``output`` holds a complete model directory: sharded safetensors, config, tokenizer, chat template, generation config."""
+
+    output: Path
+    dtype: Dtype
+    tensors: int
+    merged_tensors: int
+    bytes: int
+    seconds: float
+    max_abs_delta: float
+    """Largest change of any weight against the base: zero means that the merge did nothing."""
+    weights_sha256: str
+    peak_memory_bytes: int
+
+
+class QuantizeConfig(Strict):
+    kind: Literal["quantize"] = "quantize"
+    model: Path
+    params: QuantizeParams = QuantizeParams()
+
+
+class SchemeAttempt(Strict):
+    scheme: Scheme
+    ok: bool
+    reason: str
+
+
+class QuantizeResult(Strict):
+    output: Path
+    scheme: Scheme
+    attempts: list[SchemeAttempt]
+    bytes: int
+    parent_bytes: int
+    quantized_modules: int
+    seconds: float
+    peak_memory_bytes: int
+
+
+class EvaluateConfig(Strict):
+    """The models of one line, oldest first. Paths to adapters are applied on the model each was trained on."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    base: Path
+    dapt_adapter: Path | None = None
+    dapt_merged: Path | None = None
+    sft_adapter: Path | None = None
+    merged: Path
+    quantized: Path | None = None
+    text: TextData
+    qa: QaData
+    dapt_params: DaptParams = DaptParams()
+    sft_params: SftParams = SftParams()
+    params: EvaluateParams = EvaluateParams()
+    gates: list[Gate] = []
+    seed: int = 42
+
+
+class GateResult(Strict):
+    metric: str
+    value: float | None
+    min: float | None
+    max: float | None
+    action: Literal["promote", "hold", "fail"]
+    passed: bool
+
+
+class Sample(Strict):
+    question: str
+    language: str = ""
+    expected: str
+    answers: dict[str, str]
+    """Model name (``base``, ``dapt``, ``sft``, ``quantized``) to its answer."""
+
+
+class EvaluateResult(Strict):
+    """``output`` holds report.json (this object) and report.html."""
+
+    output: Path
+    metrics: dict[str, float]
+    """Flat names: ``perplexity.base``, ``perplexity.dapt``, ``dapt.perplexity_reduction``, ``sft.validation_loss.before``,
+    ``sft.validation_loss.after``, ``exact.base``, ``exact.sft``, ``exact.quantized``, ``exact.kind.<kind>``,
+    ``format.<name>``, ``language.english``, ``language.hinglish``, ``parity.<transition>.kl|top1|greedy_match``,
+    ``quantize.perplexity_increase`` (fractions, not per cent)."""
+    gates: list[GateResult]
+    decision: Literal["promote", "hold", "fail"]
+    samples: list[Sample] = []
+    seconds: float
+
+
+class DeployConfig(Strict):
+    kind: Literal["deploy"] = "deploy"
+    artifact_id: str
+    model_path: Path
+    model_name: str
+    """Immutable id that vLLM serves under, ``ft:<base>:<org>:<suffix>:<id>``."""
+    alias: str
+    generation: int
+    """Fence of the alias: a slower, older deployer can not flip back."""
+    model_server_url: str
+    params: DeployParams
+
+
+class DeployParams(Strict):
+    """How ``vllm serve`` is started; None leaves the choice to the model server's settings."""
+
+    alias: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")] = "default"
+    max_model_len: Annotated[int, Field(ge=64, le=1_048_576)] | None = None
+    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] | None = None
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    quantization: Literal["bitsandbytes", "compressed-tensors"] | None = None
+    """None: read from the checkpoint's own ``quantization_config``."""
+    ready_timeout_seconds: Annotated[int, Field(ge=10, le=7200)] = 900
+
+
+class DeployResult(Strict):
+    model_name: str
+    alias: str
+    url: str
+    generation: int
+    ready_seconds: float
+    first_answer: str
+
+
+class IngestDocument(Strict):
+    file_id: str
+    filename: str
+    path: Path
+
+
+class IngestConfig(Strict):
+    kind: Literal["ingest"] = "ingest"
+    vector_store_id: str
+    documents: Annotated[list[IngestDocument], Field(min_length=1)]
+    embedder_url: str
+    embedding_model: str
+    chunk_tokens: Annotated[int, Field(ge=100, le=4096)] = 800
+    chunk_overlap_tokens: Annotated[int, Field(ge=0)] = 400
+
+
+class IngestResult(Strict):
+    """``output`` holds chunks.jsonl (file_id, position, text, page, embedding), which the worker writes to pgvector."""
+
+    output: Path
+    documents: int
+    chunks: int
+    tokens: int
+    seconds: float
+    failed: dict[str, str] = {}
+    """file id to the reason why it has no chunks."""
+
+
+DeployConfig.model_rebuild()

@@ -1,0 +1,110 @@
+"""Settings of every service: environment variables ``PARAMPARA_*``, nested with ``__``; ``.env.example`` lists them all."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class Endpoint(BaseModel):
+    host: str = "127.0.0.1"
+    port: Port
+
+
+class DatabaseSettings(BaseModel):
+    url: str = "postgresql+psycopg://parampara@127.0.0.1:5432/parampara"
+    pool_size: Annotated[int, Field(ge=1, le=200)] = 5
+
+
+class RedisSettings(BaseModel):
+    url: str = "redis://127.0.0.1:6379/0"
+
+
+class WorkerSettings(BaseModel):
+    lease_seconds: Annotated[float, Field(ge=1)] = 30
+    heartbeat_seconds: Annotated[float, Field(gt=0)] = 7
+    poll_seconds: Annotated[float, Field(gt=0)] = 1.5
+    max_crashes: Annotated[int, Field(ge=1)] = 3
+    stop_grace_seconds: Annotated[float, Field(ge=0)] = 10
+    """From SIGTERM to SIGKILL of a stage process that is cancelled or preempted."""
+    stall_seconds: Annotated[float, Field(ge=10)] = 1800
+    """A stage process that reports nothing for this long is stopped and counted as a crash."""
+    metrics_port: Port | None = None
+
+
+class GatewaySettings(BaseModel):
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    control_plane_url: str = "http://127.0.0.1:8001"
+    model_url: str = "http://127.0.0.1:8002"
+    embedder_url: str = "http://127.0.0.1:8003"
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 1_048_576
+    refresh_seconds: Annotated[float, Field(gt=0)] = 1.0
+    """How old the gateway's copy of keys, aliases and attachments may get."""
+
+
+class ModelServerSettings(BaseModel):
+    host: str = "127.0.0.1"
+    port: Port = 8004
+    """The supervisor's own port; vLLM listens on ``vllm_port``."""
+    url: str = "http://127.0.0.1:8004"
+    vllm_host: str = "127.0.0.1"
+    vllm_port: Port = 8002
+    vllm_command: list[str] = ["vllm", "serve"]
+    """How vLLM is started; the standalone stack uses ``<its environment>/bin/python -m vllm.entrypoints.openai.api_server --model``."""
+    vllm_extra_args: list[str] = []
+    cpu: bool = False
+    """vLLM's CPU build: small KV cache, eager mode, explicit thread binding."""
+
+
+class EmbedderSettings(BaseModel):
+    host: str = "127.0.0.1"
+    port: Port = 8003
+    model: str = "all-minilm-l6-v2"
+    dimensions: int = 384
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="PARAMPARA_", env_nested_delimiter="__", extra="ignore")
+
+    home: Path = Path(".parampara")
+    organization: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")] = "parampara"
+    key_pepper: SecretStr = SecretStr("")
+    """Secret under which API keys are hashed; empty: ``<home>/key-pepper`` is made at first start."""
+    base_models: dict[str, str] = {}
+    """Name to local directory of each base model that a recipe may name."""
+    log_format: str = "json"
+    log_level: str = "INFO"
+
+    database: DatabaseSettings = DatabaseSettings()
+    redis: RedisSettings = RedisSettings()
+    worker: WorkerSettings = WorkerSettings()
+    control_plane: Endpoint = Endpoint(port=8001)
+    gateway: GatewaySettings = GatewaySettings()
+    model_server: ModelServerSettings = ModelServerSettings()
+    embedder: EmbedderSettings = EmbedderSettings()
+    max_upload_bytes: Annotated[int, Field(ge=1)] = 209_715_200
+
+    @property
+    def artifacts_dir(self) -> Path:
+        return self.home.resolve() / "artifacts"
+
+    @property
+    def files_dir(self) -> Path:
+        return self.home.resolve() / "files"
+
+    @property
+    def work_dir(self) -> Path:
+        """Private directories of jobs: ``work/<job id>``."""
+        return self.home.resolve() / "work"
+
+
+@lru_cache
+def get_settings() -> Settings:
+    return Settings()

@@ -1,0 +1,141 @@
+"""Artifact storage: immutable directories under one root, published atomically.
+
+``publish`` copies (or moves) a finished directory aside on the store's own file system, writes its manifest, fsyncs and
+renames. A reader sees the whole artifact or none of it; publishing the same content twice gives the same id and keeps one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from parampara.errors import ArtifactDamaged, NotFound
+from parampara.manifest import MANIFEST_NAME, Manifest, describe, verify
+from parampara.schemas.stages import ArtifactKind
+
+
+class LocalStorage:
+    """Artifacts in ``root/<first two hex>/<hex>/``."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._staging = root / "staging"
+        self._staging.mkdir(parents=True, exist_ok=True)
+
+    def publish(
+        self,
+        directory: Path,
+        *,
+        kind: ArtifactKind,
+        parents: list[str] | None = None,
+        config: dict[str, Any] | None = None,
+        versions: dict[str, str] | None = None,
+        move: bool = False,
+    ) -> Manifest:
+        """Make ``directory`` an artifact and return its manifest; with ``move`` the source is consumed.
+
+        Raises:
+            InvalidData: empty directory, or a link or special file in it.
+            OSError: disk full and the like; nothing is published then.
+        """
+        stage = self._staging / uuid.uuid4().hex
+        try:
+            if move and _same_device(directory, self._staging):
+                os.rename(directory, stage)
+            else:
+                shutil.copytree(directory, stage, symlinks=True)
+            manifest = describe(stage, kind=kind, parents=parents or [], config=config or {}, versions=versions or {})
+            (stage / MANIFEST_NAME).write_bytes(manifest.canonical_bytes())
+            fsync_tree(stage)
+            target = self._path(manifest.id)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():
+                try:
+                    os.rename(stage, target)
+                except OSError:
+                    if not target.exists():  # lost the race to an equal publisher: same id means same bytes
+                        raise
+            fsync_directory(target.parent)
+            return manifest
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+    def path(self, artifact_id: str) -> Path:
+        """Local directory of an artifact.
+
+        Raises:
+            NotFound: no such artifact here.
+        """
+        target = self._path(artifact_id)
+        if not (target / MANIFEST_NAME).is_file():
+            raise NotFound(f"Artifact {artifact_id} is not in the store.", param="artifact_id")
+        return target
+
+    def manifest(self, artifact_id: str) -> Manifest:
+        """Read a manifest and check that it is the one the id names.
+
+        Raises:
+            NotFound, ArtifactDamaged
+        """
+        manifest = Manifest.model_validate_json((self.path(artifact_id) / MANIFEST_NAME).read_bytes())
+        if manifest.id != artifact_id:
+            raise ArtifactDamaged(f"The manifest of {artifact_id} was changed.", param="artifact_id")
+        return manifest
+
+    def verify(self, artifact_id: str, *, deep: bool = True) -> Path:
+        """Return the directory after checking its files against the manifest.
+
+        Raises:
+            NotFound, ArtifactDamaged
+        """
+        verify(self.path(artifact_id), self.manifest(artifact_id), deep=deep)
+        return self.path(artifact_id)
+
+    def delete(self, artifact_id: str) -> None:
+        shutil.rmtree(self._path(artifact_id), ignore_errors=True)
+
+    def _path(self, artifact_id: str) -> Path:
+        algorithm, _, digest = artifact_id.partition(":")
+        if algorithm != "sha256" or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+            raise NotFound(f"{artifact_id!r} is not an artifact id (sha256:<64 hex digits>).", param="artifact_id")
+        return self.root / digest[:2] / digest
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old bytes or the new ones."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fsync_tree(directory: Path) -> None:
+    for root, _, names in os.walk(directory):
+        for name in names:
+            fd = os.open(Path(root) / name, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        fsync_directory(Path(root))
+
+
+def fsync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _same_device(first: Path, second: Path) -> bool:
+    return first.stat().st_dev == second.stat().st_dev
