@@ -1,0 +1,1 @@
+"""Routes: they parse and answer; :mod:`control_plane.services` decides."""

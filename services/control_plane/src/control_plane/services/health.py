@@ -1,0 +1,75 @@
+"""Whether this server can do its work, and how much of it there is."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import redis
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from sqlalchemy import func, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session, sessionmaker
+
+from parampara.db import migrate
+from parampara.db.models import JOB_STATES, RUN_STATES, Job, Outbox, Run
+from parampara.db.session import transaction
+from parampara.schemas.api import Check, Readiness
+from parampara.settings import Settings
+
+
+def readiness(sessions: sessionmaker[Session], settings: Settings) -> Readiness:
+    """Ready means: the database answers and has the newest schema. Redis is told but not needed: workers poll the table."""
+    checks = {"database": _database(sessions), "redis": _redis(settings.redis.url)}
+    failed = any(check.required and not check.ok for check in checks.values())
+    return Readiness(status="not_ready" if failed else "ready", checks=checks)
+
+
+def gauges(sessions: sessionmaker[Session]) -> bytes:
+    """Runs, jobs and unsent doorbells by state, in Prometheus' text form; nothing while the database is away."""
+    registry = CollectorRegistry()
+    runs = Gauge("parampara_runs", "Runs by state.", ["state"], registry=registry)
+    jobs = Gauge("parampara_jobs", "Jobs by kind and state.", ["kind", "state"], registry=registry)
+    unsent = Gauge("parampara_outbox_unsent", "Doorbells not yet sent.", registry=registry)
+    try:
+        with transaction(sessions) as session:
+            by_state = dict(session.execute(select(Run.state, func.count()).group_by(Run.state)).tuples().all())
+            by_kind = list(session.execute(select(Job.kind, Job.state, func.count()).group_by(Job.kind, Job.state)))
+            unsent.set(session.scalar(select(func.count()).select_from(Outbox).where(Outbox.sent_at.is_(None))) or 0)
+    except SQLAlchemyError:
+        return b""
+    for state in RUN_STATES:
+        runs.labels(state).set(by_state.get(state, 0))
+    for kind in {kind for kind, _, _ in by_kind}:
+        for state in JOB_STATES:
+            jobs.labels(kind, state).set(0)
+    for kind, state, count in by_kind:
+        jobs.labels(kind, state).set(count)
+    return generate_latest(registry)
+
+
+@lru_cache
+def newest_revision() -> str | None:
+    return ScriptDirectory(str(Path(migrate.__file__).with_name("migrations"))).get_current_head()
+
+
+def _database(sessions: sessionmaker[Session]) -> Check:
+    try:
+        with transaction(sessions) as session:
+            revision = MigrationContext.configure(session.connection()).get_current_revision()
+    except SQLAlchemyError as error:
+        return Check(ok=False, required=True, detail=f"does not answer: {type(error).__name__}")
+    if revision != newest_revision():
+        return Check(ok=False, required=True, detail=f"schema {revision} is not {newest_revision()}; run python -m parampara.db.migrate")
+    return Check(ok=True, required=True, detail=f"schema {revision}")
+
+
+def _redis(url: str) -> Check:
+    try:
+        with redis.Redis.from_url(url, socket_connect_timeout=1, socket_timeout=1) as client:
+            client.ping()
+    except redis.RedisError as error:
+        return Check(ok=False, required=False, detail=f"does not answer: {type(error).__name__}; workers poll the database meanwhile")
+    return Check(ok=True, required=False, detail="answers")
