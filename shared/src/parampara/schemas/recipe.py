@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
 from parampara.errors import InvalidRequest
+from parampara.plain_yaml import read_yaml
 from parampara.schemas.stages import (
     DaptParams,
     DeployParams,
@@ -53,7 +53,7 @@ def parse_recipe(data: Any, *, param: str = "recipe") -> Recipe:
     if not isinstance(data, dict):
         raise InvalidRequest(f"A recipe is a mapping of keys, not {type(data).__name__}.", param=param)
     try:
-        return Recipe.model_validate(data)
+        return Recipe.model_validate(data, strict=True)  # "16" and true are not numbers
     except ValidationError as error:
         raise invalid(error, param=param) from None
 
@@ -65,10 +65,10 @@ def load_recipe(path: Path) -> Recipe:
         InvalidRequest: not readable, not YAML, or not a recipe.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"Cannot read the recipe {path}: {error}", param="recipe") from None
-    return parse_recipe(data)
+    return parse_recipe(read_yaml(text, param="recipe"))
 
 
 def invalid(error: ValidationError, *, param: str | None) -> InvalidRequest:

@@ -21,9 +21,9 @@ LINEAR_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_p
 
 
 class Strict(BaseModel):
-    """Refuses unknown keys and silent type changes such as ``"3"`` for a number."""
+    """Refuses unknown keys. Recipes are also validated in strict mode, where ``"3"`` is not a number."""
 
-    model_config = ConfigDict(extra="forbid", strict=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
 class LoraParams(Strict):
@@ -104,6 +104,8 @@ class EvaluateParams(Strict):
 class Gate(Strict):
     """A bound on one metric of the evaluation report. ``action`` says what a miss means for the run."""
 
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
     metric: Annotated[str, Field(pattern=r"^[a-z0-9_.]+$")]
     min: float | None = None
     max: float | None = None
@@ -162,12 +164,15 @@ class TrainResult(Strict):
     base_sha256: str
     """Fingerprint of the weights the adapter was trained on (:func:`parampara.storage.weights_fingerprint`)."""
     dtype: Dtype
+    optimizer: str = ""
+    """The one that ran; on a CPU another than the configured one may have stood in (an event says so)."""
     steps: int
     epochs: float
     trained_tokens: int
     tokens_per_second: float
     seconds: float
     train_loss_first: float
+    """Mean over the first ten steps (or half of them, where there are fewer than twenty); ``last`` likewise."""
     train_loss_last: float
     validation_loss_before: float
     validation_loss_after: float
@@ -267,10 +272,12 @@ class EvaluateResult(Strict):
 
     output: Path
     metrics: dict[str, float]
-    """Flat names: ``perplexity.base``, ``perplexity.dapt``, ``dapt.perplexity_reduction``, ``sft.validation_loss.before``,
-    ``sft.validation_loss.after``, ``exact.base``, ``exact.sft``, ``exact.quantized``, ``exact.kind.<kind>``,
-    ``format.<name>``, ``language.english``, ``language.hinglish``, ``parity.<transition>.kl|top1|greedy_match``,
-    ``quantize.perplexity_increase`` (fractions, not per cent)."""
+    """Flat names (fractions, not per cent). ``<model>`` is base, dapt, sft or quantized, ``<transition>`` dapt, merged or quantized:
+    ``perplexity.<model>``, ``validation_loss.<model>``, ``dapt.perplexity_reduction``, ``dapt.loss.before|after``,
+    ``sft.validation_loss.before|after``, ``exact.<model>``, ``exact.kind.<kind>``, ``exact.language.<language>``, ``format.<name>``,
+    ``language.english|hinglish``, ``language.reference.english|hinglish``, ``quantize.perplexity_increase|exact_change|same_answer``,
+    ``parity.<transition>.kl|top1|greedy_match|greedy_prefix|recovered|chat_template|generation_config``,
+    ``parity.merged.base_kl|differs_from_base``, ``size.base_bytes|merged_bytes|quantized_bytes``."""
     gates: list[GateResult]
     decision: Literal["promote", "hold", "fail"]
     samples: list[Sample] = []

@@ -1,0 +1,61 @@
+"""Recipes are read strictly: what is not exactly a recipe is refused with the path to the fault."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parampara.errors import InvalidRequest
+from parampara.plain_yaml import read_yaml
+from parampara.schemas.recipe import load_recipe, parse_recipe
+
+
+def recipe(**train: Any) -> dict[str, Any]:
+    return {"name": "r", "base_model": "b", "stages": {"dapt": {"train": train}}}
+
+
+@pytest.mark.parametrize(
+    ("train", "param"),
+    [
+        ({"epochs": "3"}, "recipe.stages.dapt.train.epochs"),
+        ({"epochs": True}, "recipe.stages.dapt.train.epochs"),
+        ({"per_device_train_batch_size": 2.5}, "recipe.stages.dapt.train.per_device_train_batch_size"),
+        ({"per_device_train_batch_size": 0}, "recipe.stages.dapt.train.per_device_train_batch_size"),
+        ({"packing": "yes"}, "recipe.stages.dapt.train.packing"),
+        ({"optim": "sgd"}, "recipe.stages.dapt.train.optim"),
+        ({"learning_rate": float("nan")}, "recipe.stages.dapt.train.learning_rate"),
+        ({"learnig_rate": 1e-4}, "recipe.stages.dapt.train.learnig_rate"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_path(train: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_recipe(recipe(**train))
+    assert caught.value.param == param
+
+
+def test_a_whole_number_is_fine_where_a_number_is_asked_for() -> None:
+    assert parse_recipe(recipe(epochs=3)).stages.dapt.train.epochs == 3
+
+
+def test_numbers_mean_what_they_look_like(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: r\nbase_model: b\nstages: {dapt: {train: {learning_rate: 2e-4, epochs: 1}}}\n", encoding="utf-8")
+    assert load_recipe(path).stages.dapt.train.learning_rate == 2e-4
+
+
+@pytest.mark.parametrize("text", ["a: [1", "a: &x 1\nb: *x", "a: 1\na: 2", "? [1]\n: 2", "!!python/object:os.system {}"])
+def test_yaml_that_is_not_plain_data_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest):
+        read_yaml(text, param="recipe")
+
+
+def test_yaml_words_stay_words() -> None:
+    assert read_yaml("{a: yes, b: on, c: true, d: 1e3, e: 12, f: -.5}", param="r") == {"a": "yes", "b": "on", "c": True, "d": 1000.0, "e": 12, "f": -0.5}
+
+
+def test_a_gate_without_a_real_bound_is_refused() -> None:
+    for gate in ({"metric": "exact.sft"}, {"metric": "exact.sft", "min": float("nan")}, {"metric": "exact.sft", "min": 2, "max": 1}):
+        with pytest.raises(InvalidRequest):
+            parse_recipe({"name": "r", "base_model": "b", "gates": [gate]})
