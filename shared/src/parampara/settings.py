@@ -12,9 +12,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
-class Endpoint(BaseModel):
+class ControlPlaneSettings(BaseModel):
     host: str = "127.0.0.1"
-    port: Port
+    port: Port = 8001
 
 
 class DatabaseSettings(BaseModel):
@@ -47,6 +47,27 @@ class GatewaySettings(BaseModel):
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1_048_576
     refresh_seconds: Annotated[float, Field(gt=0)] = 1.0
     """How old the gateway's copy of keys, aliases and attachments may get."""
+    max_stale_seconds: Annotated[float, Field(gt=0)] = 60
+    """While the database is away, requests are served from the last copy for this long; then they get 503."""
+    public_url: str | None = None
+    """Base of the links in citations; empty: the address that the client called."""
+    max_messages: Annotated[int, Field(ge=1)] = 64
+    max_inflight: Annotated[int, Field(ge=1)] = 256
+    """Requests on the token path at one time, over all keys; one more gets 429."""
+    max_inflight_per_key: Annotated[int, Field(ge=1)] = 64
+    connect_seconds: Annotated[float, Field(gt=0)] = 2
+    first_token_seconds: Annotated[float, Field(gt=0)] = 120
+    """From sending a streamed request to its first event."""
+    inter_token_seconds: Annotated[float, Field(gt=0)] = 60
+    total_seconds: Annotated[float, Field(gt=0)] = 600
+    structured_outputs: bool = False
+    """Allow ``response_format`` with a JSON schema and forced tool calls: each compiles a grammar inside the engine."""
+    isolate_prompt_cache: bool = True
+    """Salt the engine's prefix cache by API key, so that timing never tells one key what another has asked."""
+    max_passages: Annotated[int, Field(ge=1, le=50)] = 6
+    """Passages retrieved for an answer when the request does not say ``max_num_results``."""
+    answer_tokens: Annotated[int, Field(ge=1)] = 512
+    """Room kept for an answer when the request does not say ``max_tokens``; never more than a quarter of the model's window."""
 
 
 class ModelServerSettings(BaseModel):
@@ -85,7 +106,7 @@ class Settings(BaseSettings):
     database: DatabaseSettings = DatabaseSettings()
     redis: RedisSettings = RedisSettings()
     worker: WorkerSettings = WorkerSettings()
-    control_plane: Endpoint = Endpoint(port=8001)
+    control_plane: ControlPlaneSettings = ControlPlaneSettings()
     gateway: GatewaySettings = GatewaySettings()
     model_server: ModelServerSettings = ModelServerSettings()
     embedder: EmbedderSettings = EmbedderSettings()

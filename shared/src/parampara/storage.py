@@ -6,6 +6,7 @@ renames. A reader sees the whole artifact or none of it; publishing the same con
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -43,15 +44,14 @@ class LocalStorage:
         """
         stage = self._staging / uuid.uuid4().hex
         try:
-            if move and _same_device(directory, self._staging):
-                os.rename(directory, stage)
-            else:
+            if not (move and _moved(directory, stage)):
                 shutil.copytree(directory, stage, symlinks=True)
             manifest = describe(stage, kind=kind, parents=parents or [], config=config or {}, versions=versions or {})
             (stage / MANIFEST_NAME).write_bytes(manifest.canonical_bytes())
             fsync_tree(stage)
             target = self._path(manifest.id)
             target.parent.mkdir(parents=True, exist_ok=True)
+            self._set_aside_if_damaged(manifest)
             if not target.exists():
                 try:
                     os.rename(stage, target)
@@ -97,6 +97,18 @@ class LocalStorage:
     def delete(self, artifact_id: str) -> None:
         shutil.rmtree(self._path(artifact_id), ignore_errors=True)
 
+    def _set_aside_if_damaged(self, manifest: Manifest) -> None:
+        """Make room for an equal artifact whose stored copy has rotted: publishing it again heals the store."""
+        target = self._path(manifest.id)
+        if not target.exists():
+            return
+        try:
+            self.verify(manifest.id)
+        except (ArtifactDamaged, NotFound, ValueError):
+            rotten = self._staging / uuid.uuid4().hex
+            os.rename(target, rotten)
+            shutil.rmtree(rotten, ignore_errors=True)
+
     def _path(self, artifact_id: str) -> Path:
         algorithm, _, digest = artifact_id.partition(":")
         if algorithm != "sha256" or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
@@ -137,5 +149,12 @@ def fsync_directory(directory: Path) -> None:
         os.close(fd)
 
 
-def _same_device(first: Path, second: Path) -> bool:
-    return first.stat().st_dev == second.stat().st_dev
+def _moved(source: Path, target: Path) -> bool:
+    """Rename where that is possible. Two mounts count as two devices even when they lie on one file system."""
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return False
+    return True

@@ -52,7 +52,14 @@ def test_yaml_that_is_not_plain_data_is_refused(text: str) -> None:
 
 
 def test_yaml_words_stay_words() -> None:
-    assert read_yaml("{a: yes, b: on, c: true, d: 1e3, e: 12, f: -.5}", param="r") == {"a": "yes", "b": "on", "c": True, "d": 1000.0, "e": 12, "f": -0.5}
+    assert read_yaml("{a: yes, b: on, c: true, d: 1e3, e: 12, f: -.5}", param="r") == {
+        "a": "yes",
+        "b": "on",
+        "c": True,
+        "d": 1000.0,
+        "e": 12,
+        "f": -0.5,
+    }
 
 
 def test_a_gate_without_a_real_bound_is_refused() -> None:

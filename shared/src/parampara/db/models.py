@@ -11,8 +11,8 @@ from datetime import datetime
 from typing import Any
 
 from pgvector.sqlalchemy import Vector
-from sqlalchemy import BigInteger, DateTime, ForeignKey, Identity, Index, Integer, MetaData, Text, UniqueConstraint, func, text
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy import BigInteger, Computed, DateTime, ForeignKey, Identity, Index, Integer, MetaData, Text, UniqueConstraint, func, text
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TSVECTOR
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 JOB_STATES = ("waiting", "queued", "running", "succeeded", "failed", "cancelled")
@@ -34,7 +34,7 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {datetime: DateTime(timezone=True), dict[str, Any]: JSONB, list[str]: ARRAY(Text), str: Text}
+    type_annotation_map = {datetime: DateTime(timezone=True), dict[str, Any]: JSONB(none_as_null=True), list[str]: ARRAY(Text), str: Text}
 
 
 class ApiKey(Base):
@@ -168,6 +168,7 @@ class Outbox(Base):
     """Doorbells still to ring: written with the row they announce, sent after commit, again by the reconciler."""
 
     __tablename__ = "outbox"
+    __table_args__ = (Index("ix_outbox_unsent", "id", postgresql_where=text("sent_at IS NULL")),)
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
     queue: Mapped[str]
@@ -257,7 +258,10 @@ class VectorStoreFile(Base):
 
 class Chunk(Base):
     __tablename__ = "chunks"
-    __table_args__ = (UniqueConstraint("vector_store_id", "file_id", "position", name="uq_chunks_place"),)
+    __table_args__ = (
+        UniqueConstraint("vector_store_id", "file_id", "position", name="uq_chunks_place"),
+        Index("ix_chunks_words", "words", postgresql_using="gin"),
+    )
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     vector_store_id: Mapped[str] = mapped_column(ForeignKey("vector_stores.id", ondelete="CASCADE"))
     file_id: Mapped[str]
@@ -267,3 +271,5 @@ class Chunk(Base):
     text: Mapped[str]
     tokens: Mapped[int] = mapped_column(Integer)
     embedding: Mapped[Any] = mapped_column(Vector())
+    words: Mapped[Any] = mapped_column(TSVECTOR, Computed("to_tsvector('simple'::regconfig, text)", persisted=True))
+    """For the lexical half of retrieval; ``simple``, because English stemming mangles romanised Hindi."""

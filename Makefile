@@ -1,0 +1,56 @@
+# Everything a user or maintainer types. Needs Python 3.11 or newer and make; nothing else.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev demo up down status base test lint format types unit clean
+
+help: ## List these commands
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Make the environments (quick when nothing has changed; TORCH=cuda for GPU builds)
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) scripts/setup.py
+
+setup-dev:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make test PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) scripts/setup.py --dev
+
+demo: setup ## Run the whole line on this machine: train, serve, ask; ARGS="--fresh" makes all again
+	@$(BIN)/parampara demo $(ARGS)
+
+up: setup ## Start the stack and keep it up until Ctrl-C; ARGS="--auto-ports" where ports are taken
+	@$(BIN)/parampara up $(ARGS)
+
+down: ## Stop a stack that runs elsewhere on the same folder
+	@$(BIN)/parampara down
+
+status: ## Show the processes of the running stack
+	@$(BIN)/parampara status
+
+base: setup ## Pretrain the demo's small base model again
+	@$(BIN)/python examples/kp/pretrain.py $(ARGS)
+
+test: setup-dev lint types unit ## Check style, types and imports, and run every test that needs no GPU
+
+lint:
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
+	@$(BIN)/python scripts/check_sizes.py
+
+types:
+	@$(BIN)/pyright
+
+unit:
+	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+format: setup-dev ## Format the code and sort imports
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## Remove the environments and caches; the state in .parampara stays
+	rm -rf .venv .venv-vllm .pytest_cache .ruff_cache .hypothesis .import_linter_cache build
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+	find . -name '*.egg-info' -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,102 @@
+"""Stage evaluate: measures the models of a line one after another, keeps the parity ledger, applies the gates, writes the report."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+from evaluator import gates, metrics, parity, report
+from evaluator.answers import compile_formats, generate
+from evaluator.curves import Curve, read_curves
+from evaluator.line import GREEDY_PROBE_TOKENS, Material, Measured, Member, members, read_material, work
+from evaluator.meter import Meter
+from evaluator.models import Loaded, loaded
+from evaluator.perplexity import answer_sequences, loss
+from parampara.errors import OutOfMemory
+from parampara.progress import Progress
+from parampara.schemas.stages import EvaluateConfig, EvaluateResult
+from parampara.storage import fsync_tree
+
+
+def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> EvaluateResult:
+    """Evaluate a line of models into ``workdir / "output"`` (report.json, report.html).
+
+    Raises:
+        InvalidData: a model directory or held-out file is not what it has to be.
+        InvalidRequest: a format of ``params.formats`` is not a regular expression.
+        OutOfMemory: a model does not fit this machine.
+        Preempted: asked to stop; the next attempt measures again.
+    """
+    started = time.monotonic()
+    compile_formats(config.params.formats)
+    progress.phase("read held-out data")
+    material = read_material(config)
+    line = members(config)
+    meter = Meter(progress, total=sum(work(member, material) for member in line))
+    scratch = workdir / "probes"
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        measured = {member.name: _measure(member, config, material, scratch=scratch, meter=meter) for member in line}
+        values = metrics.collect(config, line, measured, material, meter)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    known = {name: value for name, value in sorted(values.items()) if math.isfinite(value)}
+    for name in sorted(set(values) - set(known)):
+        meter.warn(f"{name} is not finite and is left out; a gate on it fails.")
+    results = gates.apply(config.gates, known)
+    result = EvaluateResult(
+        output=workdir / "output",
+        metrics=known,
+        gates=results,
+        decision=gates.decide(results),
+        samples=metrics.samples(material.held_out.questions, measured),
+        seconds=time.monotonic() - started,
+    )
+    meter.phase("write report")
+    _publish(result, read_curves(dapt=config.dapt_adapter, sft=config.sft_adapter), workdir=workdir)
+    return result
+
+
+def _measure(member: Member, config: EvaluateConfig, material: Material, *, scratch: Path, meter: Meter) -> Measured:
+    import torch
+
+    meter.phase(f"load {member.name}")
+    try:
+        with loaded(member.name, member.directory, member.adapter) as model:
+            measured = _record(model, config, material, scratch=scratch, meter=meter)
+            if member.measured:
+                _measure_held_out(measured, model, config, material, meter=meter)
+            return measured
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise OutOfMemory(f"Out of memory while {member.name} was evaluated: {error}", param="params") from None
+
+
+def _record(model: Loaded, config: EvaluateConfig, material: Material, *, scratch: Path, meter: Meter) -> Measured:
+    meter.phase(f"parity probes of {model.name}")
+    new_tokens = min(config.params.max_new_tokens, GREEDY_PROBE_TOKENS)
+    return Measured(recording=parity.record(model, material.probes, directory=scratch, max_new_tokens=new_tokens, meter=meter))
+
+
+def _measure_held_out(measured: Measured, model: Loaded, config: EvaluateConfig, material: Material, *, meter: Meter) -> None:
+    questions = material.held_out.questions
+    meter.phase(f"perplexity of {model.name}")
+    measured.text = loss(model, material.texts, meter)
+    meter.phase(f"validation loss of {model.name}")
+    limit = min(config.sft_params.train.max_seq_length, model.max_tokens)
+    conversations = [question.conversation for question in questions]
+    measured.answer = loss(model, answer_sequences(model.tokenizer, conversations, max_tokens=limit), meter)
+    meter.phase(f"answers of {model.name}")
+    measured.answers = generate(model, questions, max_new_tokens=config.params.max_new_tokens, meter=meter)
+
+
+def _publish(result: EvaluateResult, curves: list[Curve], *, workdir: Path) -> None:
+    staging = workdir / "staging"
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.rmtree(result.output, ignore_errors=True)
+    staging.mkdir()
+    report.write(result, curves, directory=staging)
+    fsync_tree(staging)
+    os.rename(staging, result.output)

@@ -1,0 +1,98 @@
+"""The models of a line in order, what they are measured on, and what was measured on each."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from evaluator import parity
+from evaluator.heldout import HeldOut, read_held_out
+from evaluator.models import load_tokenizer
+from evaluator.perplexity import Loss, Scored, text_sequences
+from parampara.errors import InvalidData
+from parampara.schemas.stages import EvaluateConfig
+
+GREEDY_PROBE_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of the line. ``measured``: texts and questions are put to it, not only the parity probes."""
+
+    name: str
+    directory: Path
+    adapter: Path | None = None
+    measured: bool = True
+
+    @property
+    def source(self) -> Path:
+        """Where its tokenizer and chat template come from."""
+        return self.adapter if self.adapter is not None and (self.adapter / "tokenizer.json").is_file() else self.directory
+
+
+@dataclass(frozen=True)
+class Material:
+    """The held-out data, and its token sequences as the base's tokenizer gives them."""
+
+    held_out: HeldOut
+    texts: list[Scored]
+    probes: list[parity.Probe]
+
+
+@dataclass
+class Measured:
+    """What was measured on one model; only ``recording`` for a member that is not ``measured``."""
+
+    recording: parity.Recording
+    text: Loss | None = None
+    answer: Loss | None = None
+    answers: list[str] = field(default_factory=list)
+
+
+def members(config: EvaluateConfig) -> list[Member]:
+    """The models of the line, oldest first, as far as the config names them.
+
+    ``base``; ``dapt_adapter`` on it; ``dapt``, the merged DAPT model, or the adapter on the base where none was written;
+    ``sft_adapter`` on that; ``sft``, the final merged model; ``quantized``.
+
+    Raises:
+        InvalidData: an SFT adapter without the model it was trained on.
+    """
+    line = [Member("base", config.base)]
+    if config.dapt_adapter is not None and config.dapt_merged is not None:
+        line.append(Member("dapt_adapter", config.base, config.dapt_adapter, measured=False))
+    if config.dapt_merged is not None:
+        line.append(Member("dapt", config.dapt_merged))
+    elif config.dapt_adapter is not None:
+        line.append(Member("dapt", config.base, config.dapt_adapter))
+    if config.sft_adapter is not None:
+        if config.dapt_adapter is not None and config.dapt_merged is None:
+            raise InvalidData("sft_adapter was trained on the merged DAPT model; name that model in dapt_merged.", param="dapt_merged")
+        line.append(Member("sft_adapter", config.dapt_merged or config.base, config.sft_adapter, measured=False))
+    line.append(Member("sft", config.merged))
+    if config.quantized is not None:
+        line.append(Member("quantized", config.quantized))
+    return line
+
+
+def read_material(config: EvaluateConfig) -> Material:
+    """Read the held-out data and make token sequences of it.
+
+    Raises:
+        InvalidData: a file or the base's directory is not what it has to be.
+    """
+    tokenizer = load_tokenizer(config.base)
+    held_out = read_held_out(config, tokenizer)
+    positions = json.loads((config.base / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings", 1 << 20)
+    return Material(
+        held_out=held_out,
+        texts=text_sequences(tokenizer, held_out.texts, max_tokens=min(config.dapt_params.chunk_tokens + 1, positions)),
+        probes=parity.make_probes(tokenizer, held_out.probes, max_tokens=positions - GREEDY_PROBE_TOKENS),
+    )
+
+
+def work(member: Member, material: Material) -> int:
+    """Items that measuring this member takes, as :class:`evaluator.meter.Meter` counts them."""
+    probes = 2 * len(material.probes)
+    return probes + (len(material.texts) + 2 * len(material.held_out.questions) if member.measured else 0)

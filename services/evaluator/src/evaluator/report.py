@@ -1,0 +1,115 @@
+"""The report of an evaluation: report.json for programs, report.html for people (one file, nothing loaded from elsewhere)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from evaluator import curves
+from evaluator.curves import Curve
+from parampara.schemas.stages import EvaluateResult
+
+MODELS = ["base", "dapt", "sft", "quantized"]
+_MODEL_TITLES = {"base": "Base", "dapt": "DAPT", "sft": "SFT", "quantized": "Quantized"}
+_TRANSITIONS = {
+    "dapt": "DAPT adapter → merged DAPT model",
+    "merged": "SFT adapter → final merged model",
+    "quantized": "Merged model → quantized model",
+}
+_DECISIONS = {
+    "promote": "Every gate that can hold or fail the run was met.",
+    "hold": "A gate was missed: the alias stays where it is.",
+    "fail": "A gate was missed that fails the run.",
+}
+_GROUP_TITLES = {"exact.kind": "Kind of question", "exact.language": "Language asked"}
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A figure at the top of the page: what it was and what it became."""
+
+    title: str
+    before: str
+    after: str
+    note: str
+
+
+def write(result: EvaluateResult, history: Sequence[Curve], *, directory: Path) -> None:
+    """Write report.json (the result, its path left out) and report.html into ``directory``."""
+    stored = result.model_copy(update={"output": Path(".")})
+    (directory / "report.json").write_text(stored.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (directory / "report.html").write_text(render(result, history), encoding="utf-8")
+
+
+def render(result: EvaluateResult, history: Sequence[Curve]) -> str:
+    """The HTML page; every value that came from data or models is escaped."""
+    environment = Environment(
+        loader=PackageLoader("evaluator", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"figure": figure, "percent": percent, "bound": _bound}
+    metrics = result.metrics
+    return environment.get_template("report.html.j2").render(
+        result=result,
+        verdict=_DECISIONS[result.decision],
+        headlines=_headlines(metrics),
+        charts=[(curve.title, curves.draw(curve)) for curve in history],
+        models=[(name, _MODEL_TITLES[name]) for name in MODELS if f"perplexity.{name}" in metrics],
+        metrics=metrics,
+        transitions=[
+            (name, title, _below(metrics, f"parity.{name}")) for name, title in _TRANSITIONS.items() if _below(metrics, f"parity.{name}")
+        ],
+        differs=metrics.get("parity.merged.differs_from_base"),
+        groups=[(title, _below(metrics, prefix)) for prefix, title in _GROUP_TITLES.items() if _below(metrics, prefix)],
+        formats=_below(metrics, "format"),
+        languages={name: rate for name, rate in _below(metrics, "language").items() if "." not in name},
+    )
+
+
+def figure(value: float | None) -> str:
+    """A number with four significant figures; ``not measured`` for None."""
+    if value is None:
+        return "not measured"
+    if value != 0 and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def percent(value: float) -> str:
+    return f"{value * 100:.1f} %"
+
+
+def _bound(gate: Any) -> str:
+    parts = [f"≥ {figure(gate.min)}" if gate.min is not None else "", f"≤ {figure(gate.max)}" if gate.max is not None else ""]
+    return " and ".join(part for part in parts if part)
+
+
+def _below(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    return {name[len(prefix) + 1 :]: value for name, value in metrics.items() if name.startswith(f"{prefix}.")}
+
+
+def _headlines(metrics: dict[str, float]) -> list[Headline]:
+    headlines: list[Headline] = []
+    if "dapt.perplexity_reduction" in metrics:
+        note = f"{percent(metrics['dapt.perplexity_reduction'])} lower on held-out books"
+        headlines.append(_change("Perplexity", metrics, "perplexity.base", "perplexity.dapt", note=note))
+    headlines.append(
+        _change(
+            "Validation loss", metrics, "sft.validation_loss.before", "sft.validation_loss.after", note="held-out answers, nats per token"
+        )
+    )
+    headlines.append(
+        Headline("Exact answers", percent(metrics["exact.base"]), percent(metrics["exact.sft"]), "held-out questions, base to SFT")
+    )
+    if "quantize.perplexity_increase" in metrics:
+        size = metrics["size.quantized_bytes"] / metrics["size.merged_bytes"]
+        note = f"{metrics['quantize.perplexity_increase'] * 100:+.2f} % perplexity, {percent(size)} of the size"
+        headlines.append(Headline("Eight bits", percent(metrics["exact.sft"]), percent(metrics["exact.quantized"]), note))
+    return headlines
+
+
+def _change(title: str, metrics: dict[str, float], before: str, after: str, *, note: str) -> Headline:
+    return Headline(title, figure(metrics.get(before)), figure(metrics.get(after)), note)

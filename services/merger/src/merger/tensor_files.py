@@ -1,0 +1,181 @@
+"""Reading and writing safetensors by row ranges, so that memory does not grow with the model.
+
+The format (https://huggingface.co/docs/safetensors): 8 bytes of little-endian header length, a JSON header that maps each
+name to dtype, shape and byte range, then the bytes. Plain reads instead of a memory map: mapped pages would count as
+resident memory of this process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from parampara.errors import InvalidData
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file; ``start`` is the offset of its first byte in the file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_elements(self) -> int:
+        return math.prod(self.shape[1:])
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
+
+class TensorFile:
+    """An open safetensors file; its header is checked as a whole before anything is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("rb", buffering=0)
+        try:
+            self.tensors = self._header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def read(self, name: str) -> torch.Tensor:
+        info = self.tensors[name]
+        return self.read_rows(name, 0, info.rows).reshape(info.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` along the first dimension, shape ``[stop - start, row_elements]``, dtype of the file.
+
+        Raises:
+            InvalidData: the file is shorter than its header says.
+        """
+        info = self.tensors[name]
+        row_bytes = info.row_elements * info.dtype.itemsize
+        buffer = bytearray((stop - start) * row_bytes)
+        view = memoryview(buffer)
+        offset = info.start + start * row_bytes
+        while view:
+            count = os.preadv(self._file.fileno(), [view], offset)
+            if count == 0:
+                raise InvalidData(f"{self.path.name}: ends inside tensor {name}; the file is truncated.", param=self.path.name)
+            view, offset = view[count:], offset + count
+        flat = torch.frombuffer(buffer, dtype=info.dtype) if buffer else torch.empty(0, dtype=info.dtype)
+        return flat.reshape(stop - start, info.row_elements)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _header(self) -> dict[str, TensorInfo]:
+        size = os.fstat(self._file.fileno()).st_size
+        length = int.from_bytes(self._file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+            raise InvalidData(f"{self.path.name}: not a safetensors file (bad header length).", param=self.path.name)
+        try:
+            header = json.loads(self._file.read(length))
+            tensors = [_info(name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InvalidData(f"{self.path.name}: its safetensors header can not be read ({error}).", param=self.path.name) from None
+        position = 8 + length
+        for info in sorted(tensors, key=lambda info: (info.start, info.bytes)):
+            if info.start != position:
+                raise InvalidData(f"{self.path.name}: tensor {info.name} overlaps another or leaves a gap.", param=self.path.name)
+            position += info.bytes
+        if position != size:
+            raise InvalidData(f"{self.path.name}: {size} bytes where the header describes {position}; truncated?", param=self.path.name)
+        return {info.name: info for info in sorted(tensors, key=lambda info: info.start)}
+
+
+def _info(name: str, entry: dict, base: int) -> TensorInfo:
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"tensor {name} has dtype {entry['dtype']}, which can not be merged")
+    shape = tuple(int(size) for size in entry["shape"])
+    begin, end = (int(offset) for offset in entry["data_offsets"])
+    info = TensorInfo(name=name, dtype=DTYPES[entry["dtype"]], shape=shape, start=base + begin)
+    if min(shape, default=0) < 0 or end - begin != info.bytes:
+        raise ValueError(f"tensor {name}: its byte range does not fit its shape")
+    return info
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class ShardWriter:
+    """Writes one safetensors file front to back: the header first, then rows of each tensor in the order planned."""
+
+    def __init__(self, path: Path, tensors: Iterable[Planned]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for tensor in tensors:
+            header[tensor.name] = {
+                "dtype": NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, offset + tensor.bytes],
+            }
+            offset += tensor.bytes
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._size = 8 + len(encoded) + offset
+        self._path = path
+        self._file = path.open("wb")
+        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+
+    def write(self, rows: torch.Tensor) -> None:
+        self._file.write(memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+        if kind is None and self._path.stat().st_size != self._size:
+            raise RuntimeError(f"{self._path.name}: {self._path.stat().st_size} bytes were written, {self._size} were planned.")

@@ -1,0 +1,11 @@
+"""The ways to eight bits. Each has ``write(model, output, ...)`` and raises :class:`SchemeUnavailable` when it cannot run here."""
+
+from __future__ import annotations
+
+from parampara.errors import ParamparaError
+
+
+class SchemeUnavailable(ParamparaError):
+    """This way cannot run on this machine or gave a checkpoint that is not good; the message is the reason, for the record."""
+
+    code = "scheme_unavailable"

@@ -1,0 +1,132 @@
+"""Stage quantize: a merged model in, an eight-bit model that vLLM serves out.
+
+The schemes of the parameters are tried in order. Each attempt is recorded with the reason that was found or raised; the
+first that gives a checkpoint which answers like its parent is kept. Nothing of a failed attempt remains.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from parampara.errors import InvalidRequest, OutOfMemory, Preempted
+from parampara.execution import stop
+from parampara.progress import Progress
+from parampara.schemas.stages import QuantizeConfig, QuantizeParams, QuantizeResult, Scheme, SchemeAttempt
+from parampara.storage import fsync_tree
+from quantizer.backends import SchemeUnavailable, bitsandbytes, unsloth
+from quantizer.checkpoint import Agreement, agreement, next_token_log_probs, quantized_weights, read_config, weight_bytes
+
+MAX_KL = 0.1
+"""Nats per token above which a checkpoint is broken rather than rounded: LLM.int8 and W8A8 measure 1e-5 to 1e-2."""
+
+
+def run(config: QuantizeConfig, *, workdir: Path, progress: Progress) -> QuantizeResult:
+    """Quantize ``config.model`` into ``workdir / "output"``.
+
+    Raises:
+        InvalidData: the model directory is not a complete, unquantized model.
+        InvalidRequest: no scheme of ``params.schemes`` could run; the message holds every reason.
+        OutOfMemory: the model does not fit this machine in the scheme that ran.
+        Preempted: asked to stop; the next attempt starts the stage again.
+    """
+    started = time.monotonic()
+    read_config(config.model)
+    staging, output = workdir / "staging", workdir / "output"
+    shutil.rmtree(output, ignore_errors=True)
+    attempts: list[SchemeAttempt] = []
+    total = len(config.params.schemes) + 1
+    for index, scheme in enumerate(config.params.schemes):
+        _poll()
+        shutil.rmtree(staging, ignore_errors=True)
+        progress.phase(f"quantize with {scheme}")
+        try:
+            measured = _attempt(scheme, config, staging, progress)
+        except SchemeUnavailable as unavailable:
+            attempts.append(SchemeAttempt(scheme=scheme, ok=False, reason=unavailable.message))
+            progress.event(f"{scheme} cannot run: {unavailable.message}", level="warn", scheme=scheme)
+            progress.step(index + 1, total)
+            continue
+        finally:
+            shutil.rmtree(workdir / "scratch", ignore_errors=True)
+        reason = f"checked against its parent: KL {measured.kl:.2e} nats per token, same most likely token {measured.top1:.1%}"
+        attempts.append(SchemeAttempt(scheme=scheme, ok=True, reason=reason))
+        progress.step(total, total, kl=measured.kl, top1=measured.top1)
+        return _publish(config, staging, output, attempts=attempts, started=started)
+    shutil.rmtree(staging, ignore_errors=True)
+    told = "; ".join(f"{attempt.scheme}: {attempt.reason}" for attempt in attempts)
+    raise InvalidRequest(f"No scheme of params.schemes could run. {told}", param="params.schemes", code="no_scheme_ran")
+
+
+def check(model: Path, written: Path) -> Agreement:
+    """Load a written checkpoint from its files and compare it with its parent.
+
+    Raises:
+        SchemeUnavailable: nothing is in eight bits, the output head is too, or it does not answer like its parent.
+    """
+    names = quantized_weights(written)
+    if not names:
+        raise SchemeUnavailable("The written checkpoint holds no eight-bit weight.")
+    if heads := [name for name in names if name.startswith("lm_head")]:
+        raise SchemeUnavailable(f"The output head was quantized too ({heads[0]}): answers would change.")
+    measured = agreement(next_token_log_probs(model), next_token_log_probs(written))
+    if not measured.kl <= MAX_KL:
+        raise SchemeUnavailable(f"The checkpoint does not answer like its parent: KL {measured.kl:.3g} nats per token, limit {MAX_KL}.")
+    return measured
+
+
+def _write_unsloth(model: Path, staging: Path, params: QuantizeParams) -> None:
+    unsloth.write(model, staging, save_method=params.unsloth_save_method, scratch=staging.parent / "scratch")
+
+
+def _write_bitsandbytes(model: Path, staging: Path, params: QuantizeParams) -> None:
+    bitsandbytes.write(model, staging)
+
+
+_WRITERS: dict[Scheme, Callable[[Path, Path, QuantizeParams], None]] = {
+    "unsloth": _write_unsloth,
+    "bitsandbytes": _write_bitsandbytes,
+}
+
+
+def _attempt(scheme: Scheme, config: QuantizeConfig, staging: Path, progress: Progress) -> Agreement:
+    """Write and check one checkpoint; leaves ``staging`` only if it is good."""
+    import torch
+
+    try:
+        _WRITERS[scheme](config.model, staging, config.params)
+        _poll()
+        progress.phase(f"check {scheme}")
+        return check(config.model, staging)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise OutOfMemory(f"Out of memory in scheme {scheme}: {error}. Use a machine with more memory.", param="model") from None
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _publish(config: QuantizeConfig, staging: Path, output: Path, *, attempts: list[SchemeAttempt], started: float) -> QuantizeResult:
+    for path in staging.iterdir():
+        path.chmod(0o644)  # safetensors writes 0600, and the model server may run as another user
+    fsync_tree(staging)
+    os.rename(staging, output)
+    return QuantizeResult(
+        output=output,
+        scheme=attempts[-1].scheme,
+        attempts=attempts,
+        bytes=weight_bytes(output),
+        parent_bytes=weight_bytes(config.model),
+        quantized_modules=len(quantized_weights(output)),
+        seconds=time.monotonic() - started,
+        peak_memory_bytes=1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)),
+    )
+
+
+def _poll() -> None:
+    if stop.requested():
+        raise Preempted("Asked to stop during quantization; the next attempt starts this stage again.")

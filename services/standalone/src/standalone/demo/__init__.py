@@ -1,0 +1,1 @@
+"""The demo: the main job on this machine, from base model to cited answers, with a report."""

@@ -1,0 +1,181 @@
+"""The demo's course: stack, data, run, knowledge base, questions, report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from parampara.errors import ParamparaError, UpstreamFailed
+from standalone import state
+from standalone.asking import Answer, Question, ask_model
+from standalone.client import Platform
+from standalone.demo import report
+from standalone.demo.background import Background
+from standalone.demo.knowledge import knowledge_base
+from standalone.follow import duration, follow
+from standalone.places import Places
+from standalone.processes import tail
+from standalone.submitting import create_run, upload_all
+
+ALIAS = "kp"
+ASKED = (("star_lord", "english", False), ("next_lord", "english", True), ("star_lord", "hinglish", False))
+"""Kind, language and whether the answer is streamed, of the three questions; each is taken from the held-out set."""
+
+
+class Timer:
+    """Seconds of each part of the demo, in order."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.parts[name] = round(time.monotonic() - began, 2)
+
+
+def run_demo(places: Places, console: Console, *, recipe: Path | None, fresh: bool, auto_ports: bool) -> int:
+    """Play the whole demo and return its exit code: 0 only if every stage succeeded and the new model answered every question."""
+    recipe = recipe or places.project / "recipes" / "tiny-cpu.yaml"
+    console.print(f"Parampara demo: {recipe.name}, from base model to cited answers", style="bold", highlight=False)
+    timer, began = Timer(), time.monotonic()
+    with ExitStack() as cleanup:
+        try:
+            with timer.part("stack"):
+                _stack(places, console, cleanup, auto_ports=auto_ports)
+            with timer.part("data"):
+                data = make_data(places, console)
+            platform = cleanup.enter_context(Platform.of(places))
+            with timer.part("upload"):
+                files = upload_all(platform, data)
+                console.print(f"  uploaded {sum(map(len, files.values()))} files to {platform.base_url}/files", highlight=False)
+            with timer.part("run"):
+                run = create_run(platform, recipe, files, reuse=not fresh, metadata={"demo": "true"})
+                console.print(f"  run {run['id']} of {recipe.name}", highlight=False)
+                run = follow(platform, run["id"], console)
+            _require_success(platform, run)
+            with timer.part("knowledge base"):
+                store = knowledge_base(platform, files["books"], data["books"], console, fresh=fresh)
+                platform.post(f"/aliases/{ALIAS}", {"vector_store_id": store})
+            with timer.part("questions"):
+                answers = [_ask(platform, question, run["model"], console) for question in questions(data["qa_validation"][0])]
+            timer.parts["total"] = round(time.monotonic() - began, 2)
+            told = report.collect(platform, run, answers=answers, timings=timer.parts, recipe=recipe.name, store=store)
+            page = report.write(told, places.demo)
+        except ParamparaError as error:
+            return _failed(places, console, error)
+        report.show(told, console)
+        console.print(f"  report   {page}\n  data     {places.demo / 'data'}\n  logs     {places.logs}", highlight=False, soft_wrap=True)
+        console.print('  go on    `make up` serves this model again; then `parampara ask "..."`', highlight=False)
+        console.print(f"done in {duration(timer.parts['total'])}: every stage succeeded, every question was answered", style="bold green")
+    return 0
+
+
+def make_data(places: Places, console: Console) -> dict[str, list[Path]]:
+    """Books as shipped, questions as computed by the example's generator.
+
+    Raises:
+        UpstreamFailed: the generator failed; with its words.
+    """
+    source, target = places.project / "examples" / "kp", places.demo / "data"
+    target.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(source / "generate.py"), "--out", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UpstreamFailed(f"{source / 'generate.py'} failed:\n{done.stderr[-2000:]}", code="generator_failed")
+    data = {
+        "books": sorted((source / "books").glob("*.txt")),
+        "books_validation": sorted((source / "books_heldout").glob("*.txt")),
+        "qa": [target / "train.jsonl"],
+        "qa_validation": [target / "heldout.jsonl"],
+    }
+    rows = {name: sum(1 for _ in data[name][0].open(encoding="utf-8")) for name in ("qa", "qa_validation")}
+    console.print(f"  {len(data['books'])} books, {rows['qa']} questions with answers, {rows['qa_validation']} held out", highlight=False)
+    return data
+
+
+def questions(heldout: Path) -> list[Question]:
+    """Three closed-book questions of the held-out set, with the fact that answers each."""
+    rows = [json.loads(line) for line in heldout.read_text(encoding="utf-8").splitlines()]
+    asked = []
+    for kind, language, streamed in ASKED:
+        row = next(
+            row
+            for row in rows
+            if row["metadata"]["kind"] == kind and row["metadata"]["language"] == language and row["messages"][0]["role"] == "user"
+        )
+        text = row["messages"][0]["content"]
+        asked.append(Question(text=text, language=language, streamed=streamed, expected=row["metadata"]["expected"]))
+    return asked
+
+
+def _stack(places: Places, console: Console, cleanup: ExitStack, *, auto_ports: bool) -> None:
+    if state.is_running(places):
+        running = state.running(places)
+        console.print(f"  using the stack that runs at {running.gateway_url}", highlight=False)
+        return
+    places.logs.mkdir(parents=True, exist_ok=True)
+    background = cleanup.enter_context(Background(places, auto_ports=auto_ports))
+    running = background.wait_ready(console)
+    console.print(f"  stack is up at {running.gateway_url} ({len(running.processes)} processes)", highlight=False)
+
+
+def _ask(platform: Platform, question: Question, model: str, console: Console) -> Answer:
+    """Ask the alias and insist that the model this run made has answered, from retrieved passages."""
+    how = "streamed" if question.streamed else "plain"
+    console.print(f"\n  [{question.language}, {how}] {question.text}", style="bold", highlight=False, markup=False)
+    answer = ask_model(platform, question, model=ALIAS)
+    report.show_answer(answer, console)
+    if answer.model != model:
+        message = f"{question.text!r} was answered by {answer.model}, not by the model of this run ({model})."
+        raise UpstreamFailed(message, code="wrong_model")
+    if not answer.citations:
+        raise UpstreamFailed(f"{question.text!r} was answered without a passage of the knowledge base.", code="no_passages")
+    return answer
+
+
+def _require_success(platform: Platform, run: dict[str, Any]) -> None:
+    """Every job of the run succeeded, deployment included.
+
+    Raises:
+        UpstreamFailed: names the job, its error and the end of its log.
+    """
+    failed = [job for job in run["jobs"] if job["status"] != "succeeded"]
+    if run["status"] == "succeeded" and not failed:
+        return
+    if run["status"] == "succeeded":
+        missed = [
+            f"{gate['metric']} = {gate['value']} (min {gate['min']}, max {gate['max']})" for gate in run["gates"] if not gate["passed"]
+        ]
+        raise UpstreamFailed(f"The gates held the model back, so nothing was deployed: {'; '.join(missed)}", code="held_by_gate")
+    job = next((job for job in failed if job["status"] == "failed"), failed[0] if failed else None)
+    if job is None:
+        raise UpstreamFailed(f"Run {run['id']} ended as {run['status']}: {run['error']}", code="run_failed")
+    detail = platform.get(f"/jobs/{job['id']}")
+    message = (job["error"] or run["error"] or {}).get("message", job["status"])
+    log = "\n".join((detail["log_tail"] or "").splitlines()[-20:])
+    raise UpstreamFailed(f"Stage {job['name']} {job['status']}: {message}\n--- end of its log\n{log}", code="stage_failed")
+
+
+def _failed(places: Places, console: Console, error: ParamparaError) -> int:
+    console.print(f"\nThe demo failed: {error.message}", style="bold red", highlight=False, markup=False, soft_wrap=True)
+    up_log = places.logs / "up.log"
+    if error.code == "stack_failed" and up_log.exists():
+        console.print(tail(up_log, lines=25), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"  logs of every process: {places.logs}", highlight=False, soft_wrap=True)
+    console.print(f"  working folders of stages: {places.home / 'work'}", highlight=False, soft_wrap=True)
+    if shutil.disk_usage(places.home).free < 2**30:
+        console.print(f"  less than 1 GB is free on the disk of {places.home}", highlight=False, soft_wrap=True)
+    return 1

@@ -1,0 +1,38 @@
+"""TRL's SFTTrainer on transformers and PEFT, as their authors publish them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from trainer.backends import LoadRequest
+
+
+def load(request: LoadRequest) -> Any:
+    """Load the base and put a fresh LoRA adapter on it; the adapter's start depends on the seed alone."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(request.model), dtype=request.dtype, attn_implementation="sdpa", trust_remote_code=False, local_files_only=True
+    )
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if request.gradient_checkpointing:
+        model.enable_input_require_grads()
+    torch.manual_seed(request.seed)
+    return get_peft_model(model, LoraConfig(**request.lora.model_dump(), bias="none", task_type="CAUSAL_LM"))
+
+
+def trainer_base() -> type:
+    from transformers import Trainer
+    from trl import SFTTrainer
+
+    class PlainSFTTrainer(SFTTrainer):
+        """Leaves out TRL's per-step entropy and accuracy: they cost a softmax over the vocabulary and a device sync each."""
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            inputs["use_cache"] = False
+            return Trainer.compute_loss(self, model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+
+    return PlainSFTTrainer

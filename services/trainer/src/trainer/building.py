@@ -1,0 +1,81 @@
+"""From a stage's parameters to the model and the trainer of the libraries: which setting arrives where."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from parampara.errors import InvalidData
+from parampara.schemas.stages import DaptConfig, SftConfig
+from trainer.backends import Choice, LoadRequest
+from trainer.loop import StageLoop
+from trainer.plan import Plan
+from trainer.precision import Hardware
+from trainer.rows import StageData
+
+Config = DaptConfig | SftConfig
+
+
+def load_model(config: Config, choice: Choice, hardware: Hardware) -> Any:
+    """The base with a fresh adapter.
+
+    Raises:
+        InvalidData: the libraries can not load it, or it lacks the modules that LoRA is asked to adapt.
+    """
+    train = config.params.train
+    request = LoadRequest(
+        model=config.model,
+        lora=config.params.lora,
+        dtype=hardware.torch_dtype,
+        max_seq_length=train.max_seq_length,
+        gradient_checkpointing=train.gradient_checkpointing,
+        seed=config.seed,
+    )
+    try:
+        return choice.module.load(request)
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidData(f"{config.model}: can not be loaded for LoRA training ({str(error)[:300]}).", param="model") from error
+
+
+def build_trainer(
+    config: Config, *, choice: Choice, hardware: Hardware, model: Any, tokenizer: Any, data: StageData, plan: Plan, workdir: Path
+) -> Any:
+    from datasets import Dataset
+    from transformers import set_seed
+    from trl import SFTConfig
+
+    set_seed(config.seed)
+    train = config.params.train
+    arguments = SFTConfig(
+        output_dir=str(workdir / "trainer"),
+        max_steps=plan.steps,
+        per_device_train_batch_size=train.per_device_train_batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.lr_scheduler_type,
+        warmup_steps=math.ceil(train.warmup_ratio * plan.steps),
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        optim=hardware.optimizer,
+        bf16=hardware.dtype == "bfloat16",
+        fp16=hardware.dtype == "float16",
+        use_cpu=hardware.device.type == "cpu",
+        gradient_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
+        loss_type="nll",
+        seed=config.seed,
+        # rows come tokenized, in a planned order; StageLoop logs, validates and saves
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        logging_strategy="no",
+        eval_strategy="no",
+        save_strategy="no",
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    rows = Dataset.from_dict({"input_ids": [row.input_ids for row in data.train], "labels": [row.labels for row in data.train]})
+    kind: Any = type("StageTrainer", (StageLoop, choice.module.trainer_base()), {})
+    return kind(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)

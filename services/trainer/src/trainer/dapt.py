@@ -1,0 +1,27 @@
+"""Stage dapt: domain-adaptive pretraining of a LoRA adapter on plain text in packed blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from parampara.progress import Progress
+from parampara.schemas.stages import DaptConfig, TrainResult
+from trainer.backends import choose
+
+
+def run(config: DaptConfig, *, workdir: Path, progress: Progress) -> TrainResult:
+    """Train on ``config.data`` and leave a PEFT adapter in ``workdir/"output"``; goes on from checkpoints in ``workdir``.
+
+    The validation loss and perplexity are those of held-out chunks, before (base alone) and after.
+
+    Raises:
+        InvalidData, InvalidRequest: a book, the model directory or a setting can not work.
+        Preempted, Diverged, OutOfMemory: stopped on request with a checkpoint; loss not finite; memory too small.
+    """
+    workdir = workdir.resolve()
+    progress.phase("start backend")
+    choice = choose(config.backend, cache=workdir / "unsloth")
+    from trainer.blocks import build_rows
+    from trainer.engine import train_adapter  # after the backend: Unsloth must be imported before transformers
+
+    return train_adapter(config, choice=choice, build=build_rows, workdir=workdir, progress=progress)

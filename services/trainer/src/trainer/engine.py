@@ -1,0 +1,263 @@
+"""The line that both training stages share: load, measure, train (or go on), measure again, write the adapter.
+
+A stage brings its rows; everything else (backend, precision, checkpoints, result) is here. Read :func:`train_adapter` top
+to bottom.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parampara.errors import InvalidData, OutOfMemory, Preempted
+from parampara.execution import stop
+from parampara.manifest import weights_fingerprint
+from parampara.progress import Progress
+from parampara.schemas.stages import TrainParams, TrainResult
+from trainer.backends import Choice
+from trainer.building import Config, build_trainer, load_model
+from trainer.checkpoints import CheckpointStore
+from trainer.loop import Ledger, RunContext, append_metrics, read_ledger, truncate_metrics
+from trainer.output import read_lineage, write_output
+from trainer.plan import Plan, plan_batches
+from trainer.precision import Hardware, choose_hardware, peak_memory_bytes
+from trainer.rows import StageData
+from trainer.validation import mean_loss
+
+_VERSIONED = ("torch", "transformers", "trl", "peft", "accelerate", "safetensors", "tokenizers", "unsloth", "unsloth_zoo", "bitsandbytes")
+
+
+def train_adapter(
+    config: Config, *, choice: Choice, build: Callable[[Any, Any], StageData], workdir: Path, progress: Progress
+) -> TrainResult:
+    """Train one LoRA adapter on ``config.model`` and leave it in ``workdir/"output"``.
+
+    Raises:
+        InvalidData, InvalidRequest: configuration, model directory or data can not work.
+        Preempted, Diverged, OutOfMemory: see :mod:`parampara.errors`.
+    """
+    params = config.params
+    hardware = choose_hardware(params.train.precision, params.train.optim)
+    progress.event(f"backend {choice.name}: {choice.reason}", backend=choice.name, device=hardware.device.type, dtype=hardware.dtype)
+    if hardware.note:
+        progress.event(hardware.note, level="warn")
+    progress.phase("prepare data")
+    base_sha256 = weights_fingerprint(_model_directory(config.model))
+    lineage = read_lineage(config.model, base_sha256)
+    tokenizer = load_tokenizer(config.model)
+    data = build(config, tokenizer)
+    plan = _plan(config, data, progress)
+    _stop_here("before the model was loaded")
+    key = _resume_key(config, choice=choice, hardware=hardware, data=data, base_sha256=base_sha256)
+    store = CheckpointStore(workdir / "checkpoints", key=key, keep=params.train.keep_checkpoints)
+    with _out_of_memory_named(params.train):
+        progress.phase("load model")
+        model = load_model(config, choice, hardware)
+        trainer = build_trainer(
+            config, choice=choice, hardware=hardware, model=model, tokenizer=tokenizer, data=data, plan=plan, workdir=workdir
+        )
+        resumed = _attach(trainer, config, hardware=hardware, data=data, plan=plan, store=store, workdir=workdir, progress=progress)
+        if resumed is None:
+            _measure_before(trainer, progress)
+        progress.phase("train")
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        progress.phase("validate")
+        after = trainer.run.validate(trainer.model)
+    append_metrics(trainer.run.metrics_path, plan.steps, {"validation_loss": after})
+    progress.phase("write adapter")
+    result = _result(
+        config,
+        choice=choice,
+        hardware=hardware,
+        trainer=trainer,
+        data=data,
+        after=after,
+        base_sha256=base_sha256,
+        workdir=workdir,
+        resumed=resumed,
+    )
+    write_output(result, config=config, model=trainer.model, lineage=lineage, data=data, metrics=trainer.run.metrics_path)
+    return result
+
+
+def load_tokenizer(model: Path) -> Any:
+    """The model's own tokenizer, unchanged.
+
+    Raises:
+        InvalidData: there is none, or it can not be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(model), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InvalidData(f"{model}: its tokenizer can not be read ({str(error).splitlines()[0][:200]}).", param="model") from None
+
+
+def _model_directory(path: Path) -> Path:
+    if not (path / "config.json").is_file():
+        raise InvalidData(f"{path} is not a model directory: it has no config.json.", param="model")
+    return path
+
+
+def _plan(config: Config, data: StageData, progress: Progress) -> Plan:
+    train = config.params.train
+    plan = plan_batches(
+        [len(row.input_ids) for row in data.train],
+        batch_size=train.per_device_train_batch_size,
+        accumulation=train.gradient_accumulation_steps,
+        epochs=train.epochs,
+        max_steps=train.max_steps,
+        seed=config.seed,
+    )
+    facts = {
+        "train_rows": len(data.train),
+        "validation_rows": len(data.validation),
+        "steps": plan.steps,
+        "efficiency": round(plan.efficiency, 4),
+    }
+    progress.event("data ready", **{**data.facts, **facts})
+    if data.facts.get("truncated_rows"):
+        progress.event(
+            f"{data.facts['truncated_rows']} rows are longer than max_seq_length ({train.max_seq_length}) and were cut", level="warn"
+        )
+    return plan
+
+
+def _resume_key(config: Config, *, choice: Choice, hardware: Hardware, data: StageData, base_sha256: str) -> str:
+    """Hash of everything that must be equal for a resumed run to be the same run. Paths and retention are not part of it."""
+    settings = config.model_dump(mode="json", exclude={"model", "data"})
+    for free in ("checkpoint_steps", "keep_checkpoints", "logging_steps"):
+        settings["params"]["train"].pop(free)
+    facts = {
+        "settings": settings,
+        "backend": choice.name,
+        "device": hardware.device.type,
+        "dtype": hardware.dtype,
+        "optimizer": hardware.optimizer,
+        "data": data.sha256,
+        "base": base_sha256,
+        "versions": library_versions(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    installed = {}
+    for name in _VERSIONED:
+        try:
+            installed[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def _attach(
+    trainer: Any,
+    config: Config,
+    *,
+    hardware: Hardware,
+    data: StageData,
+    plan: Plan,
+    store: CheckpointStore,
+    workdir: Path,
+    progress: Progress,
+) -> Path | None:
+    """Give the trainer its run, fresh or from the newest checkpoint that verifies; return that checkpoint's path."""
+    found, skipped = store.newest()
+    for reason in skipped:
+        progress.event(f"checkpoint passed over: {reason}", level="warn")
+    ledger = Ledger() if found is None else read_ledger(found.path)
+    train = config.params.train
+    run = RunContext(
+        plan=plan,
+        store=store,
+        progress=progress,
+        metrics_path=workdir / "metrics.jsonl",
+        stopped=stop.requested,
+        validate=lambda model: mean_loss(model, data.validation, collate=trainer.data_collator, hardware=hardware, stopped=stop.requested),
+        checkpoint_steps=train.checkpoint_steps,
+        eval_steps=train.eval_steps,
+        logging_steps=train.logging_steps,
+        ledger=ledger,
+    )
+    truncate_metrics(run.metrics_path, -1 if found is None else found.step)
+    trainer.start(run)
+    if found is not None:
+        progress.event(f"resumed from the checkpoint of step {found.step}", step=found.step)
+    return None if found is None else found.path
+
+
+def _measure_before(trainer: Any, progress: Progress) -> None:
+    """Validation loss of the base alone, and random generators as if it had not been measured."""
+    progress.phase("validate base")
+    with torch.random.fork_rng(), trainer.model.disable_adapter():
+        before = trainer.run.validate(trainer.model)
+    trainer.model.train()
+    trainer.run.ledger.validation_before = before
+    append_metrics(trainer.run.metrics_path, 0, {"validation_loss": before})
+
+
+def _result(
+    config: Config,
+    *,
+    choice: Choice,
+    hardware: Hardware,
+    trainer: Any,
+    data: StageData,
+    after: float,
+    base_sha256: str,
+    workdir: Path,
+    resumed: Path | None,
+) -> TrainResult:
+    ledger, plan = trainer.run.ledger, trainer.run.plan
+    span = max(1, min(10, len(ledger.losses) // 2))
+    return TrainResult(
+        output=workdir / "output",
+        backend=choice.name,
+        backend_reason=choice.reason,
+        base_sha256=base_sha256,
+        dtype=hardware.dtype,
+        optimizer=hardware.optimizer,
+        steps=plan.steps,
+        epochs=plan.epoch_at(plan.steps),
+        trained_tokens=ledger.tokens,
+        tokens_per_second=ledger.tokens / max(ledger.seconds, 1e-9),
+        seconds=ledger.seconds,
+        train_loss_first=sum(ledger.losses[:span]) / span,
+        train_loss_last=sum(ledger.losses[-span:]) / span,
+        validation_loss_before=ledger.validation_before,
+        validation_loss_after=after,
+        perplexity_before=math.exp(min(ledger.validation_before, 700.0)),
+        perplexity_after=math.exp(min(after, 700.0)),
+        resumed_from_step=0 if resumed is None else int(resumed.name.rpartition("-")[2]),
+        packing_efficiency=ledger.tokens / ledger.positions,
+        peak_memory_bytes=peak_memory_bytes(hardware.device),
+        library_versions=library_versions(),
+    )
+
+
+def _stop_here(where: str) -> None:
+    if stop.requested():
+        raise Preempted(f"Stopped {where}, as asked.")
+
+
+@contextmanager
+def _out_of_memory_named(train: TrainParams) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(
+            f"Out of memory at per_device_train_batch_size {train.per_device_train_batch_size}, max_seq_length {train.max_seq_length}. "
+            "Halve the batch size and double gradient_accumulation_steps (the same training), or turn gradient_checkpointing on. "
+            f"({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})",
+            param="params.train.per_device_train_batch_size",
+        ) from error

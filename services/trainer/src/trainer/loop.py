@@ -1,0 +1,291 @@
+"""What a run adds to SFTTrainer: a planned order, exact checkpoints, a stop within one micro-batch, and divergence caught.
+
+:class:`StageLoop` is a mixin over the SFTTrainer of a backend. It replaces the trainer's own saving, loading, logging and
+batch order, and leaves forward, backward, optimizer and schedule to the library.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+from parampara.errors import Diverged, Preempted
+from parampara.progress import Progress
+from trainer import rng
+from trainer.checkpoints import CheckpointStore
+from trainer.plan import Plan
+from trainer.state_tree import join_tensors, split_tensors
+
+ADAPTER = "adapter.safetensors"
+STATE = "state.json"
+STATE_TENSORS = "state.safetensors"
+LIBRARY_STATE = "trainer_state.json"
+"""The name under which the library reads its own step counter back."""
+_MAX_SKIPPED_STEPS = 50
+"""float16: steps in a row whose gradients overflow at every loss scale before the run counts as diverged."""
+
+
+@dataclass
+class Ledger:
+    """What the run itself counts; saved in each checkpoint, so that it goes on exactly after a resume."""
+
+    tokens: int = 0
+    positions: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    """Mean training loss per learnt token of each step so far."""
+    overflows: int = 0
+    validation_before: float | None = None
+    validation_after: dict[str, float] = field(default_factory=dict)
+    """Validation loss by step, of the evaluations while training."""
+
+
+@dataclass
+class RunContext:
+    """Everything around the trainer."""
+
+    plan: Plan
+    store: CheckpointStore
+    progress: Progress
+    metrics_path: Path
+    stopped: Callable[[], bool]
+    validate: Callable[[Any], float]
+    """Model to mean validation loss."""
+    checkpoint_steps: int
+    eval_steps: int | None
+    logging_steps: int
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+class StageLoop:
+    """Mixin: see the module. The attributes that it does not set come from ``transformers.Trainer``."""
+
+    run: RunContext
+    args: Any
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    accelerator: Any
+    state: Any
+    train_dataset: Any
+    data_collator: Any
+
+    def start(self, run: RunContext) -> None:
+        """Attach the run; call before ``train``."""
+        self.run = run
+        self._step_loss: torch.Tensor | None = None
+        self._rng_after_step: dict[str, Any] | None = None
+        self._reported_step = -1
+        self._clock = time.monotonic()
+        self._pending_tokens = self._pending_positions = 0  # of a step that is not done yet
+        self._losses_at_start = len(run.ledger.losses)
+        self._tokens_at_start = run.ledger.tokens
+        self._seconds_at_start = run.ledger.seconds
+
+    # ------------------------------------------------------------------------------------------------ data and steps
+
+    def get_train_dataloader(self) -> Any:
+        # its own generator: making an iterator draws a seed, and training's generators must not notice
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.run.plan,  # type: ignore[arg-type]
+            collate_fn=self.data_collator,
+            generator=torch.Generator().manual_seed(0),
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+        )
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._rng_after_step is None:
+            self._rng_after_step = rng.capture()
+        if self.run.stopped():
+            self._preempt()
+        self._pending_positions += inputs["input_ids"].numel()
+        self._pending_tokens += int(inputs["attention_mask"].sum())
+        loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
+        """Called right before the optimizer's step: nothing that is not finite may reach a weight."""
+        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))  # type: ignore[misc]
+        assert self._step_loss is not None
+        loss, step = float(self._step_loss), self.state.global_step + 1
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"Step {step}: the loss is {loss}. Nothing of this step was kept; try a lower learning rate or another precision."
+            )
+        if math.isfinite(norm):
+            self.run.ledger.overflows = 0
+            return norm
+        self.run.ledger.overflows += 1
+        scaler = getattr(self.accelerator, "scaler", None)  # float16 only: it lowers the loss scale and skips the step
+        if scaler is None or self.run.ledger.overflows > _MAX_SKIPPED_STEPS:
+            raise Diverged(
+                f"Step {step}: the gradient norm is {norm} (loss {loss:.4f}). Nothing of this step was kept; try a lower learning rate or "
+                "another precision."
+            )
+        return norm
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """Called after each optimizer step, and once more at the end of the data."""
+        step = self.state.global_step
+        if step == self._reported_step or self._step_loss is None:
+            return
+        self._reported_step = step
+        run, total = self.run, self.run.plan.steps
+        run.ledger.losses.append(float(self._step_loss))
+        run.ledger.tokens += self._pending_tokens
+        run.ledger.positions += self._pending_positions
+        self._pending_tokens = self._pending_positions = 0
+        run.ledger.seconds = self._seconds_at_start + time.monotonic() - self._clock
+        self._step_loss = None
+        last = step >= total
+        if step % run.logging_steps == 0 or last:
+            self._report(step, total, grad_norm=float(grad_norm), learning_rate=float(kwargs.get("learning_rate") or 0.0))
+        if run.eval_steps and step % run.eval_steps == 0 and not last:
+            self._evaluate_now(step)
+        self._rng_after_step = rng.capture()
+        if last or step % run.checkpoint_steps == 0:
+            self.save_now()
+
+    def _report(self, step: int, total: int, *, grad_norm: float, learning_rate: float) -> None:
+        ledger, window = self.run.ledger, self.run.ledger.losses[-self.run.logging_steps :]
+        seconds = ledger.seconds - self._seconds_at_start
+        done_here = len(ledger.losses) - self._losses_at_start
+        record = {
+            "loss": sum(window) / len(window),
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "epoch": self.run.plan.epoch_at(step),
+            "tokens": float(ledger.tokens),
+            "tokens_per_s": (ledger.tokens - self._tokens_at_start) / max(seconds, 1e-9),
+            "eta_s": seconds / done_here * (total - step),
+        }
+        append_metrics(self.run.metrics_path, step, record)
+        self.run.progress.step(step, total, **record)
+
+    def _evaluate_now(self, step: int) -> None:
+        loss = self.run.validate(self.model)
+        self.model.train()
+        self.run.ledger.validation_after[str(step)] = loss
+        append_metrics(self.run.metrics_path, step, {"validation_loss": loss})
+        self.run.progress.step(step, self.run.plan.steps, validation_loss=loss)
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def _preempt(self) -> None:
+        """Save the state after the last whole step (a begun one has changed no weight) and stop."""
+        step = self.state.global_step
+        if step:
+            self.save_now()
+        raise Preempted(f"Stopped at step {step} of {self.run.plan.steps} as asked" + ("; a checkpoint was written." if step else "."))
+
+    def save_now(self) -> None:
+        self.run.store.save(self.state.global_step, self._write_checkpoint)
+
+    def _write_checkpoint(self, directory: Path) -> None:
+        adapter = trainable_tensors(self.model)
+        require_finite(adapter)
+        save_file(adapter, str(directory / ADAPTER))
+        scaler = getattr(self.accelerator, "scaler", None)
+        tree, tensors = split_tensors(
+            {
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.lr_scheduler.state_dict(),
+                "rng": self._rng_after_step,
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "ledger": asdict(self.run.ledger),
+            }
+        )
+        save_file(tensors, str(directory / STATE_TENSORS))
+        (directory / STATE).write_text(json.dumps(tree), encoding="utf-8")
+        self.state.save_to_json(str(directory / LIBRARY_STATE))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.save_now()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trainable(self.model if model is None else model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state = read_state(Path(checkpoint))
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.lr_scheduler.load_state_dict(state["scheduler"])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and (state := read_state(Path(checkpoint))["scaler"]) is not None:
+            self.accelerator.scaler.load_state_dict(state)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            rng.restore(read_state(Path(checkpoint))["rng"])
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Everything of a checkpoint but the adapter."""
+    tree = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    return join_tensors(tree, load_file(str(checkpoint / STATE_TENSORS)))
+
+
+def read_ledger(checkpoint: Path) -> Ledger:
+    return Ledger(**read_state(checkpoint)["ledger"])
+
+
+def trainable_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Names and values of all trained parameters, on the CPU."""
+    return {name: p.detach().to("cpu").contiguous().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trainable(model: Any, checkpoint: Path) -> None:
+    """Copy a checkpoint's values into the trained parameters, bit by bit.
+
+    Raises:
+        KeyError: the checkpoint belongs to other parameters (its key should have said so).
+    """
+    saved = load_file(str(checkpoint / ADAPTER))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(saved.pop(name).to(parameter.device))
+    if saved:
+        raise KeyError(f"{checkpoint.name} holds parameters that the model lacks: {sorted(saved)[:3]}")
+
+
+def require_finite(tensors: dict[str, torch.Tensor]) -> None:
+    """Refuse weights that are not numbers.
+
+    Raises:
+        Diverged: names the first tensor at fault.
+    """
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise Diverged(f"{name} holds values that are not finite; nothing of it was kept. Try a lower learning rate.")
+
+
+def append_metrics(path: Path, step: int, record: dict[str, float]) -> None:
+    kept = {key: (value if math.isfinite(value) else None) for key, value in record.items()}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, **kept}) + "\n")
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Forget what an earlier attempt measured after ``step``: those steps run again."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # the half line of a killed process
+    path.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,29 @@
+"""Stage sft: supervised fine-tuning of a new LoRA adapter on questions and answers; the loss counts answers only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from parampara.progress import Progress
+from parampara.schemas.stages import SftConfig, TrainResult
+from trainer.backends import choose
+
+
+def run(config: SftConfig, *, workdir: Path, progress: Progress) -> TrainResult:
+    """Train on ``config.data`` and leave a PEFT adapter in ``workdir/"output"``; goes on from checkpoints in ``workdir``.
+
+    ``config.model`` is the base with the DAPT adapter merged in; its ``merge.json`` becomes the adapter's lineage.
+
+    Raises:
+        InvalidData, InvalidRequest: a row, the model directory or a setting can not work.
+        Preempted, Diverged, OutOfMemory: stopped on request with a checkpoint; loss not finite; memory too small.
+    """
+    workdir = workdir.resolve()
+    progress.phase("start backend")
+    choice = choose(config.backend, cache=workdir / "unsloth")
+    if config.params.train.packing:
+        progress.event("packing is for plain text; questions and answers are batched by length instead, each in its own row", level="warn")
+    from trainer.chat import build_rows
+    from trainer.engine import train_adapter  # after the backend: Unsloth must be imported before transformers
+
+    return train_adapter(config, choice=choice, build=build_rows, workdir=workdir, progress=progress)

@@ -1,0 +1,74 @@
+"""Brings a database to the newest schema: ``python -m parampara.db.migrate [URL]``.
+
+Safe to call from several processes at once: an advisory lock lets one of them migrate while the others wait, and they then
+find nothing to do. A statement that cannot get its table lock within five seconds gives up instead of blocking traffic.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.pool import NullPool
+
+from parampara.db.models import Base
+from parampara.settings import get_settings
+
+LOCK_TIMEOUT = "5s"
+_ADVISORY_LOCK = 0x70617261  # "para"
+
+
+def upgrade(url: str, revision: str = "head") -> None:
+    """Create the ``vector`` extension and apply every missing migration.
+
+    Raises:
+        sqlalchemy.exc.OperationalError: no connection, or a table lock was not granted within five seconds.
+    """
+    with _locked(url) as connection:
+        connection.execute(text("CREATE EXTENSION IF NOT EXISTS vector"))
+        connection.commit()
+        command.upgrade(_config(connection), revision)
+        connection.commit()
+
+
+def downgrade(url: str, revision: str) -> None:
+    """Undo migrations down to ``revision`` (``base``: all of them). Data in dropped tables is lost."""
+    with _locked(url) as connection:
+        command.downgrade(_config(connection), revision)
+        connection.commit()
+
+
+def drift(connection: Connection) -> list[object]:
+    """What ``Base.metadata`` has that the database has not, and the other way round; empty when they agree."""
+    context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
+    return list(compare_metadata(context, Base.metadata))
+
+
+@contextmanager
+def _locked(url: str) -> Iterator[Connection]:
+    engine = create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": 5})
+    with engine.connect() as connection:
+        # the advisory lock belongs to the connection and goes with it
+        connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _ADVISORY_LOCK})
+        connection.execute(text(f"SET lock_timeout = '{LOCK_TIMEOUT}'"))
+        connection.commit()
+        yield connection
+
+
+def _config(connection: Connection) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    return config
+
+
+if __name__ == "__main__":
+    upgrade(sys.argv[1] if len(sys.argv) > 1 else get_settings().database.url)

@@ -1,0 +1,1 @@
+"""Alembic migrations; applied by :mod:`parampara.db.migrate`."""

@@ -1,0 +1,269 @@
+"""From a claimed job's spec to the stage's configuration with local paths, and to the job's cache key.
+
+In two steps, because hashing a model takes a minute and no transaction may be open meanwhile: :func:`gather` reads rows,
+:func:`resolve` looks at files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+import parampara
+from parampara import base_models, files
+from parampara.db.models import Deployment, File, Job, Run, VectorStore
+from parampara.errors import InvalidData, InvalidRequest, NotFound
+from parampara.execution import hooks
+from parampara.execution.leases import Claim, hold
+from parampara.execution.runs import lock_run, settle
+from parampara.manifest import sha256_file
+from parampara.plan import STAGE_VERSIONS
+from parampara.schemas.recipe import invalid
+from parampara.schemas.stages import (
+    DaptConfig,
+    DeployConfig,
+    EvaluateConfig,
+    IngestConfig,
+    Kind,
+    MergeConfig,
+    QuantizeConfig,
+    SftConfig,
+)
+from parampara.settings import Settings
+from parampara.storage import LocalStorage
+
+CONFIGS: dict[Kind, type[BaseModel]] = {
+    "dapt": DaptConfig,
+    "sft": SftConfig,
+    "merge": MergeConfig,
+    "quantize": QuantizeConfig,
+    "evaluate": EvaluateConfig,
+    "deploy": DeployConfig,
+    "ingest": IngestConfig,
+}
+
+
+@dataclass(frozen=True)
+class FileRow:
+    id: str
+    filename: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What the database knows about a job's inputs."""
+
+    kind: Kind
+    spec: dict[str, Any]
+    artifacts: dict[str, str] = field(default_factory=dict)
+    """Name of a job of the run to its artifact id."""
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, FileRow] = field(default_factory=dict)
+    deployment: dict[str, Any] = field(default_factory=dict)
+    embedding_model: str = ""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    config: BaseModel
+    cache_key: str | None
+    """None: the stage's product is never reused."""
+    parents: list[str]
+    """Artifact ids that go into the product's manifest."""
+
+
+@dataclass(frozen=True)
+class _Input:
+    path: Path
+    content: str
+    """What identifies the bytes: an artifact id or a hash."""
+    artifact_id: str | None = None
+    file: FileRow | None = None
+
+
+def gather(session: Session, claim: Claim) -> Gathered | None:
+    """Read what the spec refers to and mark the run as running; None when the claim no longer holds.
+
+    Raises:
+        NotFound: a file, model or vector store that the spec names was deleted.
+    """
+    if (job := hold(session, claim)) is None:
+        return None
+    run = lock_run(session, job.run_id)
+    settle(session, run)
+    references = [reference for group in job.spec["inputs"].values() for reference in group]
+    others = session.scalars(select(Job).where(Job.run_id == job.run_id, Job.state == "succeeded")) if job.run_id else []
+    done = {other.name: other for other in others}
+    artifacts = {name: other.artifact_id for name, other in done.items() if other.artifact_id}
+    for name in {reference["job"] for reference in references if "job" in reference} - set(artifacts):
+        raise NotFound(f"Job {job.name} needs the artifact of {name}, which has none.", param=f"jobs.{name}")
+    return Gathered(
+        kind=claim.kind,
+        spec=job.spec,
+        artifacts=artifacts,
+        results={name: other.result or {} for name, other in done.items()},
+        files=_file_rows(session, [reference["file"] for reference in references if "file" in reference]),
+        deployment=_deployment(session, job, run, artifacts) if job.kind == "deploy" else {},
+        embedding_model=_embedding_model(session, job) if job.kind == "ingest" else "",
+    )
+
+
+def resolve(gathered: Gathered, settings: Settings, storage: LocalStorage) -> Resolved:
+    """Find and check every input on disk and make the stage's configuration.
+
+    Raises:
+        InvalidRequest: the base model is not here, or the spec makes no valid configuration.
+        NotFound: bytes of an artifact or a file are not here.
+        errors.ArtifactDamaged, InvalidData: they are, but differ from what was registered.
+    """
+    inputs = {
+        name: [_locate(reference, gathered, settings, storage) for reference in group] for name, group in gathered.spec["inputs"].items()
+    }
+    config_data = _ASSEMBLE[gathered.kind](gathered, inputs, settings)
+    try:
+        config = CONFIGS[gathered.kind].model_validate(config_data)
+    except ValidationError as error:
+        raise invalid(error, param="config") from None
+    parents = [item.artifact_id for group in inputs.values() for item in group if item.artifact_id]
+    return Resolved(config, _cache_key(gathered, inputs, config_data.get("params")), list(dict.fromkeys(parents)))
+
+
+def find_twin(session: Session, claim: Claim, cache_key: str) -> Job | None:
+    """Remember the job's cache key, and return a succeeded job with an equal one and an artifact, the newest first."""
+    if (job := hold(session, claim)) is None:
+        return None
+    job.cache_key = cache_key
+    if not job.spec.get("reuse"):
+        return None
+    twins = select(Job).where(Job.cache_key == cache_key, Job.state == "succeeded", Job.artifact_id.is_not(None), Job.id != job.id)
+    return session.scalars(twins.order_by(Job.finished_at.desc()).limit(1)).one_or_none()
+
+
+def _locate(reference: dict[str, str], gathered: Gathered, settings: Settings, storage: LocalStorage) -> _Input:
+    if "base" in reference:
+        path = base_models.resolve(settings, reference["base"])
+        return _Input(path, base_models.fingerprint(path, cache=settings.home.resolve() / "fingerprints"))
+    if "file" in reference:
+        row = gathered.files[reference["file"]]
+        path = files.path_of(settings, row.id, row.filename)
+        if not path.is_file():
+            raise NotFound(f"The bytes of file {row.id} ({row.filename}) are gone from {path.parent}.", param=row.id, code="file_not_found")
+        if sha256_file(path) != row.sha256:
+            raise InvalidData(f"File {row.id} ({row.filename}) differs from what was uploaded: its sha256 is another.", param=row.id)
+        return _Input(path, row.sha256, file=row)
+    artifact_id = reference.get("artifact") or gathered.artifacts[reference["job"]]
+    return _Input(storage.verify(artifact_id, deep=False), artifact_id, artifact_id=artifact_id)
+
+
+def _cache_key(gathered: Gathered, inputs: dict[str, list[_Input]], params: Any) -> str | None:
+    version = STAGE_VERSIONS.get(gathered.kind)
+    if version is None:
+        return None
+    extra = {key: gathered.spec[key] for key in ("seed", "backend", "dapt_params", "sft_params", "gates") if key in gathered.spec}
+    content = {
+        "kind": gathered.kind,
+        "version": [parampara.__version__, version],
+        "params": params,
+        "inputs": {name: [item.content for item in group] for name, group in inputs.items()},
+        **extra,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _train(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Settings) -> dict[str, Any]:
+    spec = gathered.spec
+    data = {"train": _paths(inputs["train"]), "validation": _paths(inputs["validation"])}
+    return {"model": inputs["model"][0].path, "data": data, "params": spec["params"], "backend": spec["backend"], "seed": spec["seed"]}
+
+
+def _merge(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Settings) -> dict[str, Any]:
+    params = dict(gathered.spec["params"])
+    if source := gathered.spec.get("dtype_of"):
+        params["dtype"] = gathered.results[source]["dtype"]
+    return {"model": inputs["model"][0].path, "adapters": _paths(inputs["adapters"]), "params": params}
+
+
+def _quantize(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Settings) -> dict[str, Any]:
+    return {"model": inputs["model"][0].path, "params": gathered.spec["params"]}
+
+
+def _evaluate(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Settings) -> dict[str, Any]:
+    models = ("base", "dapt_adapter", "dapt_merged", "sft_adapter", "merged", "quantized")
+    copied = ("params", "dapt_params", "sft_params", "gates", "seed")
+    return {
+        **{name: inputs[name][0].path for name in models},
+        "text": {"train": _paths(inputs["text_train"]), "validation": _paths(inputs["text_validation"])},
+        "qa": {"train": _paths(inputs["qa_train"]), "validation": _paths(inputs["qa_validation"])},
+        **{name: gathered.spec[name] for name in copied},
+    }
+
+
+def _deploy(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Settings) -> dict[str, Any]:
+    model = inputs["model"][0]
+    return {
+        "artifact_id": model.artifact_id,
+        "model_path": model.path,
+        "model_server_url": settings.model_server.url,
+        "params": gathered.spec["params"],
+        **gathered.deployment,
+    }
+
+
+def _ingest(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Settings) -> dict[str, Any]:
+    documents = [{"file_id": item.file.id, "filename": item.file.filename, "path": item.path} for item in inputs["documents"] if item.file]
+    endpoint = settings.gateway.embedder_url
+    return {
+        "vector_store_id": gathered.spec["vector_store_id"],
+        "documents": documents,
+        "embedder_url": endpoint,
+        "embedding_model": gathered.embedding_model,
+        **gathered.spec["params"],
+    }
+
+
+_ASSEMBLE = {
+    "dapt": _train,
+    "sft": _train,
+    "merge": _merge,
+    "quantize": _quantize,
+    "evaluate": _evaluate,
+    "deploy": _deploy,
+    "ingest": _ingest,
+}
+
+
+def _paths(items: list[_Input]) -> list[Path]:
+    return [item.path for item in items]
+
+
+def _file_rows(session: Session, file_ids: list[str]) -> dict[str, FileRow]:
+    rows = session.scalars(select(File).where(File.id.in_(file_ids), File.deleted_at.is_(None)))
+    found = {row.id: FileRow(row.id, row.filename, row.sha256) for row in rows}
+    if missing := [file_id for file_id in file_ids if file_id not in found]:
+        raise NotFound(f"File {missing[0]} was deleted after the job was made; upload it again.", param=missing[0], code="file_not_found")
+    return found
+
+
+def _deployment(session: Session, job: Job, run: Run | None, artifacts: dict[str, str]) -> dict[str, Any]:
+    reference = job.spec["inputs"]["model"][0]
+    artifact_id = reference.get("artifact") or artifacts[reference["job"]]
+    model = job.spec.get("model") or (run.model if run else None)
+    if model is None:
+        raise InvalidRequest(f"Deploy job {job.id} names no model.", param="spec.model")
+    deployment: Deployment = hooks.open_deployment(session, job, model=model, artifact_id=artifact_id)
+    return {"model_name": deployment.model, "alias": deployment.alias, "generation": deployment.generation}
+
+
+def _embedding_model(session: Session, job: Job) -> str:
+    store = session.get(VectorStore, job.spec["vector_store_id"])
+    if store is None or store.deleted_at is not None:
+        raise NotFound(f"Vector store {job.spec['vector_store_id']} was deleted.", param="vector_store_id")
+    return store.embedding_model

@@ -1,0 +1,213 @@
+"""Runs one attempt of a claimed job: resolves its inputs, supervises the stage process, publishes what it made.
+
+The thread that calls :meth:`Supervisor.run` starts the process and waits for it; the lease is renewed by another thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.orm import Session, sessionmaker
+
+from parampara.db.session import transaction
+from parampara.errors import ArtifactDamaged, NotFound, ParamparaError
+from parampara.execution import inputs, leases, metrics, outcomes, products
+from parampara.execution.exits import Ending, read_ending
+from parampara.execution.lease_keeper import LeaseKeeper
+from parampara.execution.leases import Claim
+from parampara.execution.process import StageProcess
+from parampara.execution.watch import ProgressBook, ProgressTail
+from parampara.settings import Settings
+from parampara.storage import LocalStorage, write_atomically
+from parampara.telemetry import bind, get_logger
+
+_TICK_SECONDS = 0.1
+_FLUSH_SECONDS = 1.0
+_log = get_logger(__name__)
+
+
+class Supervisor:
+    """``stopping`` is set when the worker is to end: the stage gets its grace to checkpoint and the job goes back."""
+
+    def __init__(self, settings: Settings, sessions: sessionmaker[Session], *, service: str, stopping: threading.Event) -> None:
+        self._settings, self._sessions = settings, sessions
+        self._service, self._stopping = service, stopping
+        self._storage = LocalStorage(settings.artifacts_dir)
+
+    def run(self, claim: Claim) -> str:
+        """Work on a claim until it has an end; returns how it ended (``succeeded reused failed crashed preempted cancelled stale``)."""
+        started = time.monotonic()
+        with bind(run_id=claim.run_id, job_id=claim.job_id, attempt=claim.attempt), metrics.RUNNING.labels(claim.kind).track_inprogress():
+            _log.info("attempt started", job=claim.name, kind=claim.kind, fence=claim.fence)
+            with LeaseKeeper(self._sessions, claim, self._settings.worker) as lease:
+                outcome = self._attempt(claim, lease)
+            seconds = time.monotonic() - started
+            metrics.JOBS.labels(claim.kind, outcome).inc()
+            metrics.ATTEMPT_SECONDS.labels(claim.kind).observe(seconds)
+            _log.info("attempt ended", job=claim.name, kind=claim.kind, outcome=outcome, seconds=round(seconds, 2))
+        return outcome
+
+    def _attempt(self, claim: Claim, lease: LeaseKeeper) -> str:
+        try:
+            prepared = self._prepare(claim)
+            if not isinstance(prepared, inputs.Resolved):
+                return prepared
+            workdir = workdir_of(self._settings, claim.job_id)
+            workdir.mkdir(parents=True, exist_ok=True)
+            (workdir / "error.json").unlink(missing_ok=True)  # of an earlier attempt: not to be taken for this one's
+            write_atomically(workdir / "config.json", prepared.config.model_dump_json(indent=1).encode())
+            ending = self._supervise(claim, lease, workdir)
+        except ParamparaError as error:
+            _log.warning("inputs are not usable", error=error.message)
+            body = error.body()["error"]
+            return self._write("failed", lambda session: outcomes.fail(session, claim, error=body))
+        except OSError as error:
+            return self._crash(claim, products.disk_error(error, f"cannot prepare the attempt under {self._settings.work_dir}"))
+        return self._end(claim, lease, prepared, workdir, ending)
+
+    def _prepare(self, claim: Claim) -> inputs.Resolved | str:
+        """The stage's configuration, or how the attempt has ended already."""
+        with transaction(self._sessions) as session:
+            gathered = inputs.gather(session, claim)
+        if gathered is None:
+            return "stale"
+        resolved = inputs.resolve(gathered, self._settings, self._storage)
+        if resolved.cache_key is None:
+            return resolved
+        with transaction(self._sessions) as session:
+            twin = inputs.find_twin(session, claim, resolved.cache_key)
+        if twin is None:
+            return resolved
+        try:
+            self._storage.verify(str(twin.artifact_id))
+        except (NotFound, ArtifactDamaged) as error:
+            _log.warning("an equal job's artifact is not usable; running the stage", twin=twin.id, error=error.message)
+            return resolved
+        return self._write("reused", lambda session: outcomes.reuse(session, claim, settings=self._settings, source=twin))
+
+    def _supervise(self, claim: Claim, lease: LeaseKeeper, workdir: Path) -> Ending:
+        """Start the stage and stay with it until it is dead; ends it when the lease, a user, the worker or a stall says so."""
+        tail, book = ProgressTail(workdir / "progress.jsonl"), ProgressBook(claim.progress)
+        process = StageProcess(service=self._service, kind=claim.kind, workdir=workdir, attempt=claim.attempt)
+        lease.on_gone = process.kill
+        if lease.gone:  # between the claim and the line above
+            process.kill()
+        reason, kill_at = None, float("inf")
+        sign_of_life = flushed = time.monotonic()
+        try:
+            while (code := process.wait(_TICK_SECONDS)) is None:
+                now = time.monotonic()
+                if self._follow(claim, tail, book):
+                    sign_of_life = now
+                if now - flushed >= _FLUSH_SECONDS:
+                    self._flush(claim, lease, book)
+                    flushed = now
+                if reason is None and (reason := self._reason_to_stop(lease, now - sign_of_life)):
+                    _log.info("stopping the stage", reason=reason)
+                    if reason == "stalled":
+                        process.dump_stacks()
+                    process.ask_to_stop()
+                    kill_at = now + self._settings.worker.stop_grace_seconds
+                if now > kill_at:
+                    process.kill()
+        finally:
+            lease.on_gone = lambda: None
+            process.kill()  # whatever it started and left behind
+        self._follow(claim, tail, book)
+        self._flush(claim, lease, book)
+        return read_ending(workdir, code, stopped_because=reason, log_tail=process.log_tail(), kind=claim.kind)
+
+    def _follow(self, claim: Claim, tail: ProgressTail, book: ProgressBook) -> bool:
+        """Take in new lines of progress; True when there were any."""
+        lines = list(tail.read())
+        for line in lines:
+            book.fold(line)
+        if lines and "step" in book.progress:
+            metrics.STEP.labels(claim.kind).set(book.progress["step"])
+            if (loss := book.progress["metrics"].get("loss")) is not None:
+                metrics.LOSS.labels(claim.kind).set(loss)
+        return bool(lines)
+
+    def _flush(self, claim: Claim, lease: LeaseKeeper, book: ProgressBook) -> None:
+        try:
+            with transaction(self._sessions) as session:
+                if book.changed:
+                    beat = leases.record(session, claim, progress=book.progress, events=book.pending())
+                else:
+                    beat = leases.check(session, claim)
+        except SQLAlchemyError as error:
+            _log.warning("progress not written yet", error=str(error).splitlines()[0])
+            return
+        book.written()
+        lease.note(beat)
+
+    def _reason_to_stop(self, lease: LeaseKeeper, silent_seconds: float) -> str | None:
+        if lease.cancel_requested.is_set():
+            return "cancelled"
+        if self._stopping.is_set():
+            return "worker stopping"
+        return "stalled" if silent_seconds > self._settings.worker.stall_seconds else None
+
+    def _end(self, claim: Claim, lease: LeaseKeeper, resolved: inputs.Resolved, workdir: Path, ending: Ending) -> str:
+        """Write how the attempt ended; where the lease is gone for good, nothing."""
+        if lease.lost.is_set():
+            return "stale"
+        told: dict[str, Any] = {"exit_code": ending.exit_code, "log_tail": ending.log_tail}
+        match ending.outcome:
+            case "succeeded" if not lease.cancel_requested.is_set():
+                return self._publish(claim, resolved, workdir, ending)
+            case "cancelled" | "succeeded":
+                return self._write("cancelled", lambda session: outcomes.cancel(session, claim, **told))
+            case "failed":
+                return self._write("failed", lambda session: outcomes.fail(session, claim, error=ending.error, **told))
+            case "preempted":
+                return self._write("preempted", lambda session: outcomes.release(session, claim, reason=ending.error["message"], **told))
+        if lease.outdated.is_set():
+            reason = "the database was away for longer than the lease"
+            return self._write("preempted", lambda session: outcomes.release(session, claim, reason=reason, **told))
+        return self._crash(claim, ending.error, **told)
+
+    def _publish(self, claim: Claim, resolved: inputs.Resolved, workdir: Path, ending: Ending) -> str:
+        def fail(error: dict[str, Any]) -> str:
+            return self._write("failed", lambda session: outcomes.fail(session, claim, error=error, exit_code=0, log_tail=ending.log_tail))
+
+        try:
+            product = products.publish(self._storage, claim.kind, resolved, workdir, ending.result)
+            outcome = self._write("succeeded", lambda session: self._succeed(session, claim, product, ending))
+        except ParamparaError as error:
+            return fail(error.body()["error"])
+        except OSError as error:
+            return fail(products.disk_error(error, f"the stage succeeded but its product could not be stored under {self._storage.root}"))
+        if outcome == "succeeded":
+            products.clean(workdir)
+        return outcome
+
+    def _succeed(self, session: Session, claim: Claim, product: products.Product, ending: Ending) -> bool:
+        told = {"result": product.result, "manifest": product.manifest, "output": product.output, "log_tail": ending.log_tail}
+        return outcomes.succeed(session, claim, settings=self._settings, **told)
+
+    def _crash(self, claim: Claim, error: dict[str, Any], **told: Any) -> str:
+        _log.warning("stage crashed", error=error["message"], exit_code=told.get("exit_code"))
+        limit = self._settings.worker.max_crashes
+        return self._write("crashed", lambda session: outcomes.crash(session, claim, error=error, max_crashes=limit, **told))
+
+    def _write(self, outcome: str, write: Callable[[Session], bool]) -> str:
+        """Write an end in one transaction, for as long as the database is away; it is guarded, so late is never wrong."""
+        while True:
+            try:
+                with transaction(self._sessions) as session:
+                    return outcome if write(session) else "stale"
+            except OperationalError as error:
+                _log.warning("the end of the attempt is not written yet", error=str(error).splitlines()[0])
+                if self._stopping.wait(1.0):
+                    return "stale"  # the lease runs out and another worker goes on from the checkpoint
+
+
+def workdir_of(settings: Settings, job_id: str) -> Path:
+    """A job's private directory; holds ``progress.jsonl`` with every step, the logs of its attempts, and checkpoints."""
+    return settings.work_dir / job_id

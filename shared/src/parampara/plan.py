@@ -1,0 +1,148 @@
+"""From a recipe and dataset files to the jobs of a run.
+
+A job's ``spec`` is plain JSON: ``{"inputs": {name: [reference, ...]}, "params": {...}, ...}``. A reference is one of
+
+- ``{"base": name}``: a base model of the catalogue,
+- ``{"job": name}``: the artifact of another job of the same run,
+- ``{"artifact": id}``: an artifact,
+- ``{"file": id}``: an uploaded file.
+
+:mod:`parampara.execution.inputs` turns it into a stage's configuration when a worker has claimed the job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from parampara.errors import InvalidRequest
+from parampara.schemas.recipe import Recipe
+from parampara.schemas.stages import ArtifactKind, DeployParams, Kind
+
+QUEUES: dict[Kind, str] = {
+    "dapt": "train",
+    "sft": "train",
+    "merge": "merge",
+    "quantize": "quantize",
+    "evaluate": "evaluate",
+    "deploy": "deploy",
+    "ingest": "ingest",
+}
+ARTIFACT_KINDS: dict[Kind, ArtifactKind | None] = {
+    "dapt": "adapter",
+    "sft": "adapter",
+    "merge": "merged_model",
+    "quantize": "quantized_model",
+    "evaluate": "report",
+    "deploy": None,
+    "ingest": None,
+}
+STAGE_VERSIONS: dict[Kind, int] = {"dapt": 1, "sft": 1, "merge": 1, "quantize": 1, "evaluate": 1}
+"""Raise one when its stage makes other bytes from equal inputs: earlier products are then not reused. Absent: never reused."""
+DATASETS = ("books", "books_validation", "qa", "qa_validation")
+
+Reference = dict[str, str]
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    name: str
+    kind: Kind
+    depends_on: tuple[str, ...]
+    inputs: Mapping[str, Sequence[Reference]]
+    params: Mapping[str, Any]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def spec(self, *, reuse: bool) -> dict[str, Any]:
+        inputs = {name: list(references) for name, references in self.inputs.items()}
+        return {"inputs": inputs, "params": dict(self.params), "reuse": reuse, **self.extra}
+
+
+def check_datasets(datasets: Mapping[str, Any]) -> dict[str, list[str]]:
+    """File ids per dataset, with every known key present.
+
+    Raises:
+        InvalidRequest: unknown key, not a list of ids, the same file twice, or no books or questions at all.
+    """
+    for key, value in datasets.items():
+        if key not in DATASETS:
+            raise InvalidRequest(
+                f"datasets.{key} is not a known key; known: {', '.join(DATASETS)}.", param=f"datasets.{key}", code="unknown_parameter"
+            )
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise InvalidRequest(f"datasets.{key} is a list of file ids.", param=f"datasets.{key}")
+    checked = {key: list(datasets.get(key, [])) for key in DATASETS}
+    for key in ("books", "qa"):
+        if not checked[key]:
+            raise InvalidRequest(
+                f"datasets.{key} is empty: give at least one file id.", param=f"datasets.{key}", code="missing_required_parameter"
+            )
+    seen: dict[str, str] = {}
+    for key, ids in checked.items():
+        for file_id in ids:
+            if file_id in seen:
+                raise InvalidRequest(f"File {file_id} is in datasets.{seen[file_id]} and again in datasets.{key}.", param=f"datasets.{key}")
+            seen[file_id] = key
+    return checked
+
+
+def plan_run(recipe: Recipe, datasets: Mapping[str, list[str]]) -> list[PlannedJob]:
+    """The jobs of a run in order: dapt, merge_dapt, sft, merge, quantize, evaluate and, unless the recipe says null, deploy."""
+    stages, base = recipe.stages, {"base": recipe.base_model}
+    books = {"train": _files(datasets["books"]), "validation": _files(datasets["books_validation"])}
+    qa = {"train": _files(datasets["qa"]), "validation": _files(datasets["qa_validation"])}
+    training = {"seed": recipe.seed, "backend": recipe.backend}
+    merge = stages.merge.model_dump(mode="json")
+    planned = [
+        PlannedJob("dapt", "dapt", (), {"model": [base], **books}, stages.dapt.model_dump(mode="json"), training),
+        # SFT trains on this one, in the precision that DAPT trained in: nothing may be rounded away between the two
+        PlannedJob("merge_dapt", "merge", ("dapt",), {"model": [base], "adapters": [{"job": "dapt"}]}, merge, {"dtype_of": "dapt"}),
+        PlannedJob("sft", "sft", ("merge_dapt",), {"model": [{"job": "merge_dapt"}], **qa}, stages.sft.model_dump(mode="json"), training),
+        PlannedJob("merge", "merge", ("sft",), {"model": [base], "adapters": [{"job": "dapt"}, {"job": "sft"}]}, merge),
+        PlannedJob("quantize", "quantize", ("merge",), {"model": [{"job": "merge"}]}, stages.quantize.model_dump(mode="json")),
+        _evaluate(recipe, base, books, qa),
+    ]
+    if stages.deploy is not None:
+        deploy = stages.deploy.model_dump(mode="json")
+        planned.append(PlannedJob("deploy", "deploy", ("quantize", "evaluate"), {"model": [{"job": "quantize"}]}, deploy))
+    return planned
+
+
+def deploy_spec(*, model: str, artifact_id: str, params: DeployParams) -> dict[str, Any]:
+    """Spec of a deploy job outside a run: serve a registered model under ``params.alias``."""
+    return {"inputs": {"model": [{"artifact": artifact_id}]}, "params": params.model_dump(mode="json"), "model": model, "reuse": False}
+
+
+def ingest_spec(
+    *, vector_store_id: str, file_ids: Sequence[str], chunk_tokens: int = 800, chunk_overlap_tokens: int = 400
+) -> dict[str, Any]:
+    """Spec of an ingest job: chunk and embed files into a vector store."""
+    params = {"chunk_tokens": chunk_tokens, "chunk_overlap_tokens": chunk_overlap_tokens}
+    return {"inputs": {"documents": _files(file_ids)}, "params": params, "vector_store_id": vector_store_id, "reuse": False}
+
+
+def _evaluate(recipe: Recipe, base: Reference, books: Mapping[str, list[Reference]], qa: Mapping[str, list[Reference]]) -> PlannedJob:
+    inputs = {
+        "base": [base],
+        "dapt_adapter": [{"job": "dapt"}],
+        "dapt_merged": [{"job": "merge_dapt"}],
+        "sft_adapter": [{"job": "sft"}],
+        "merged": [{"job": "merge"}],
+        "quantized": [{"job": "quantize"}],
+        "text_train": books["train"],
+        "text_validation": books["validation"],
+        "qa_train": qa["train"],
+        "qa_validation": qa["validation"],
+    }
+    extra = {
+        "seed": recipe.seed,
+        "dapt_params": recipe.stages.dapt.model_dump(mode="json"),
+        "sft_params": recipe.stages.sft.model_dump(mode="json"),
+        "gates": [gate.model_dump(mode="json") for gate in recipe.gates],
+    }
+    return PlannedJob("evaluate", "evaluate", ("quantize",), inputs, recipe.stages.evaluate.model_dump(mode="json"), extra)
+
+
+def _files(file_ids: Sequence[str]) -> list[Reference]:
+    return [{"file": file_id} for file_id in file_ids]

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import os
+import sys
+
+from parampara.execution.child import Stage, main
+from parampara.schemas.stages import DaptConfig, DeployConfig, EvaluateConfig, IngestConfig, MergeConfig, QuantizeConfig, SftConfig
+from sleepy import stages
+
+if __name__ == "__main__":
+    if "PARAMPARA_DATABASE__URL" in os.environ and sys.argv[1] != "worker":
+        sys.exit("a stage process must not see the settings")
+    main(
+        "sleepy",
+        stages={
+            "dapt": Stage(DaptConfig, lambda: stages.dapt),
+            "sft": Stage(SftConfig, lambda: stages.sft),
+            "merge": Stage(MergeConfig, lambda: stages.merge),
+            "quantize": Stage(QuantizeConfig, lambda: stages.quantize),
+            "evaluate": Stage(EvaluateConfig, lambda: stages.evaluate),
+            "deploy": Stage(DeployConfig, lambda: stages.deploy),
+            "ingest": Stage(IngestConfig, lambda: stages.ingest),
+        },
+        queue="train",
+    )

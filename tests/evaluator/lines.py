@@ -1,0 +1,102 @@
+"""A whole line of tiny models, made without training: base, adapters, merged models, quantized model, and held-out data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parampara.schemas.stages import DaptParams, EvaluateConfig, EvaluateParams, QaData, SftParams, TextData, TrainParams
+from tests.tiny_models import make_adapter, make_model
+
+COMPANIONS = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+FORMATS = {"cites_rule": r"^Rule: \S", "gives_confidence": r"^Confidence: (High|Medium|Low)$"}
+PLANETS = ["Ketu", "Venus", "Sun", "Moon", "Mars", "Rahu", "Jupiter", "Saturn", "Mercury"]
+
+
+@dataclass(frozen=True)
+class Line:
+    root: Path
+
+    def config(self, **changes: Any) -> EvaluateConfig:
+        """The line's configuration; small enough that an evaluation takes seconds."""
+        settings: dict[str, Any] = {
+            "base": self.root / "base",
+            "dapt_adapter": self.root / "dapt_adapter",
+            "dapt_merged": self.root / "dapt_merged",
+            "sft_adapter": self.root / "sft_adapter",
+            "merged": self.root / "merged",
+            "quantized": self.root / "quantized",
+            "text": TextData(train=[self.root / "book.txt"]),
+            "qa": QaData(train=[self.root / "qa.jsonl"], validation=[self.root / "qa.jsonl"]),
+            "dapt_params": DaptParams(chunk_tokens=48, validation_fraction=0.3),
+            "sft_params": SftParams(train=TrainParams(max_seq_length=256)),
+            "params": EvaluateParams(max_new_tokens=6, max_questions=8, max_chunks=4, parity_prompts=3, formats=FORMATS),
+        }
+        return EvaluateConfig(**{**settings, **changes})
+
+    def copy(self, name: str, target: Path) -> Path:
+        shutil.copytree(self.root / name, target)
+        return target
+
+
+def make_line(root: Path) -> Line:
+    """Write every model of a line below ``root``."""
+    base = make_model(root / "base", seed=0, dtype="float16", hidden=48)
+    merge(base, make_adapter(base, root / "dapt_adapter", seed=1), root / "dapt_merged", dtype="float32")
+    merge(root / "dapt_merged", make_adapter(root / "dapt_merged", root / "sft_adapter", seed=2), root / "merged", dtype="float16")
+    for adapter in ("dapt_adapter", "sft_adapter"):
+        for name in COMPANIONS[:3]:
+            shutil.copyfile(base / name, root / adapter / name)
+    quantize(root / "merged", root / "quantized")
+    (root / "book.txt").write_text("\n\n".join(f"The dasha of {planet} follows the star that {planet} rules. " * 6 for planet in PLANETS))
+    write_rows(root / "qa.jsonl", rows())
+    return Line(root)
+
+
+def merge(model: Path, adapter: Path, output: Path, *, dtype: str, scale: float = 1.0) -> Path:
+    """Merge with PEFT; ``scale`` other than 1 makes the mistake of a wrong LoRA scale."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapted: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), str(adapter))
+    for module in adapted.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling = {name: value * scale for name, value in module.scaling.items()}
+    adapted.merge_and_unload().to(getattr(torch, dtype)).save_pretrained(output)
+    for name in COMPANIONS:
+        shutil.copyfile(model / name, output / name)
+    return output
+
+
+def quantize(model: Path, output: Path) -> None:
+    """LLM.int8 as the quantizer writes it; services do not import each other, and neither do their tests."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    plan = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.float16, device_map={"": "cpu"}, quantization_config=plan).save_pretrained(
+        output
+    )
+    for name in COMPANIONS:
+        shutil.copyfile(model / name, output / name)
+
+
+def rows() -> list[dict[str, Any]]:
+    """Questions in English and Hinglish about the lord of a star."""
+    found = []
+    for number, planet in enumerate(PLANETS):
+        hinglish = number % 3 == 0
+        question = f"Star {number} ka lord kaun hai?" if hinglish else f"Who is the lord of star {number}?"
+        answer = f"Answer: {planet}\nRule: stars take their lords in dasha order\nConfidence: High"
+        metadata = {"kind": "star_lord" if number < 5 else "year", "language": "hinglish" if hinglish else "english", "expected": planet}
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        found.append({"messages": messages, "metadata": metadata})
+    return found
+
+
+def write_rows(path: Path, items: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))

@@ -1,0 +1,144 @@
+"""Stage evaluate over a whole tiny line: metrics, decision, files, and what it does when asked to stop."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaluator.evaluate import run
+from evaluator.line import members
+from parampara.errors import InvalidData, InvalidRequest, Preempted
+from parampara.execution import stop
+from parampara.progress import SilentProgress
+from parampara.schemas.stages import EvaluateParams, EvaluateResult, Gate
+from tests.evaluator.lines import Line
+
+GATES = [
+    Gate(metric="parity.merged.recovered", min=0.99, action="fail"),
+    Gate(metric="parity.quantized.top1", min=0.5, action="hold"),
+    Gate(metric="dapt.perplexity_reduction", min=0.99, action="promote"),
+]
+
+
+class Recorded(SilentProgress):
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+        self.steps: list[tuple[int, int]] = []
+
+    def phase(self, name: str) -> None:
+        self.phases.append(name)
+
+    def step(self, step: int, total: int, **metrics: float) -> None:
+        self.steps.append((step, total))
+
+
+@pytest.fixture(scope="module")
+def done(line: Line, tmp_path_factory: pytest.TempPathFactory) -> tuple[EvaluateResult, Recorded]:
+    progress = Recorded()
+    return run(line.config(gates=GATES), workdir=tmp_path_factory.mktemp("work"), progress=progress), progress
+
+
+def test_every_promised_metric_is_there(done: tuple[EvaluateResult, Recorded]) -> None:
+    metrics = done[0].metrics
+    models = ["base", "dapt", "sft", "quantized"]
+    for prefix in ("perplexity", "exact", "validation_loss"):
+        assert {f"{prefix}.{model}" for model in models} <= metrics.keys()
+    parity = ["kl", "top1", "greedy_match", "greedy_prefix", "chat_template", "generation_config"]
+    for transition in ("dapt", "merged", "quantized"):
+        assert {f"parity.{transition}.{name}" for name in parity} <= metrics.keys()
+    assert {
+        "dapt.perplexity_reduction",
+        "sft.validation_loss.before",
+        "sft.validation_loss.after",
+        "quantize.perplexity_increase",
+        "format.cites_rule",
+        "exact.kind.star_lord",
+        "exact.language.hinglish",
+        "language.reference.hinglish",
+        "parity.merged.differs_from_base",
+    } <= metrics.keys()
+
+
+def test_the_parts_agree_with_each_other(done: tuple[EvaluateResult, Recorded]) -> None:
+    metrics = done[0].metrics
+    assert metrics["dapt.perplexity_reduction"] == pytest.approx(1 - metrics["perplexity.dapt"] / metrics["perplexity.base"])
+    assert metrics["sft.validation_loss.before"] == metrics["validation_loss.dapt"]
+    assert metrics["sft.validation_loss.after"] == metrics["validation_loss.sft"]
+    assert abs(metrics["quantize.perplexity_increase"]) < 0.05
+    assert metrics["size.quantized_bytes"] < metrics["size.merged_bytes"]
+
+
+def test_gates_decide(done: tuple[EvaluateResult, Recorded]) -> None:
+    result = done[0]
+    assert [gate.passed for gate in result.gates] == [True, True, False]
+    assert result.decision == "promote"
+
+
+def test_the_output_is_the_report_and_nothing_else_remains(done: tuple[EvaluateResult, Recorded]) -> None:
+    result = done[0]
+    assert {path.name for path in result.output.iterdir()} == {"report.json", "report.html"}
+    assert {path.name for path in result.output.parent.iterdir()} == {"output"}
+    assert EvaluateResult.model_validate_json((result.output / "report.json").read_text()).metrics == result.metrics
+
+
+def test_samples_hold_every_models_answer_in_both_languages(done: tuple[EvaluateResult, Recorded]) -> None:
+    samples = done[0].samples
+    assert {sample.language for sample in samples} == {"english", "hinglish"}
+    assert all(list(sample.answers) == ["base", "dapt", "sft", "quantized"] for sample in samples)
+
+
+def test_progress_counts_up_to_its_total(done: tuple[EvaluateResult, Recorded]) -> None:
+    progress = done[1]
+    assert progress.steps[-1][0] == progress.steps[-1][1]
+    assert [step for step, _ in progress.steps] == sorted(step for step, _ in progress.steps)
+    assert "answers of quantized" in progress.phases
+
+
+def test_a_wish_to_stop_leaves_nothing(line: Line, tmp_path: Path) -> None:
+    stop.request()
+    try:
+        with pytest.raises(Preempted):
+            run(line.config(), workdir=tmp_path, progress=SilentProgress())
+    finally:
+        stop.clear()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_format_is_refused_before_any_model_is_loaded(line: Line, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="not a regular expression"):
+        run(line.config(params=EvaluateParams(formats={"x": "("})), workdir=tmp_path, progress=SilentProgress())
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({}, ["base", "dapt_adapter", "dapt", "sft_adapter", "sft", "quantized"]),
+        ({"quantized": None}, ["base", "dapt_adapter", "dapt", "sft_adapter", "sft"]),
+        ({"sft_adapter": None, "dapt_merged": None}, ["base", "dapt", "sft", "quantized"]),
+        ({"dapt_adapter": None, "dapt_merged": None}, ["base", "sft_adapter", "sft", "quantized"]),
+    ],
+)
+def test_members_of_a_shorter_line(line: Line, changes: dict[str, Any], names: list[str]) -> None:
+    assert [member.name for member in members(line.config(**changes))] == names
+
+
+def test_an_sft_adapter_without_the_model_it_was_trained_on_is_refused(line: Line) -> None:
+    with pytest.raises(InvalidData) as caught:
+        members(line.config(dapt_merged=None))
+    assert caught.value.param == "dapt_merged"
+
+
+@pytest.mark.slow
+def test_the_command_line_runs_the_stage(line: Line, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(line.config(quantized=None).model_dump_json())
+    command = [sys.executable, "-m", "evaluator", "evaluate", "--config", str(config), "--workdir", str(tmp_path / "work")]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=110)
+    assert finished.returncode == 0, finished.stderr
+    stored = json.loads((tmp_path / "work" / "result.json").read_text())
+    assert Path(stored["output"], "report.html").is_file()

@@ -1,0 +1,154 @@
+"""The parity ledger with known values, and each known failure put in on purpose."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from evaluator import parity
+from evaluator.line import members, read_material
+from evaluator.meter import Meter
+from evaluator.metrics import collect
+from evaluator.models import load_tokenizer, loaded
+from parampara.errors import InvalidData
+from parampara.progress import SilentProgress
+from parampara.schemas.stages import EvaluateConfig
+from tests.evaluator.lines import Line, merge
+from tests.tiny_models import CHAT_TEMPLATE, make_model
+
+
+def record(name: str, directory: Path, config: EvaluateConfig, scratch: Path, adapter: Path | None = None) -> parity.Recording:
+    probes = read_material(config).probes
+    with loaded(name, directory, adapter) as model:
+        return parity.record(model, probes, directory=scratch, max_new_tokens=4, meter=Meter(SilentProgress(), total=99))
+
+
+def test_a_model_agrees_with_itself(line: Line, tmp_path: Path) -> None:
+    first = record("first", line.root / "merged", line.config(), tmp_path)
+    second = record("second", line.root / "merged", line.config(), tmp_path)
+    assert parity.compare(first, second) == parity.Agreement(kl=0.0, top1=1.0, greedy_match=1.0, greedy_prefix=1.0)
+
+
+def test_kl_is_the_hand_computed_one(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    before, after = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]), torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]])
+    recordings = []
+    for name, probabilities, greedy in (("before", before, [[1, 2, 3]]), ("after", after, [[1, 9, 3]])):
+        save_file({"0": probabilities.log()}, tmp_path / name)
+        recordings.append(parity.Recording(name=name, path=tmp_path / name, greedy=greedy))
+    agreement = parity.compare(*recordings)
+    assert agreement.kl == pytest.approx((0.5 * math.log(2) + 0.25 * math.log(0.5)) / 2)
+    assert (agreement.top1, agreement.greedy_match) == (0.5, 0.0)
+    assert agreement.greedy_prefix == pytest.approx(1 / 3)
+
+
+def test_a_perturbed_model_differs(line: Line, tmp_path: Path) -> None:
+    base = record("base", line.root / "base", line.config(), tmp_path)
+    merged = record("merged", line.root / "merged", line.config(), tmp_path)
+    agreement = parity.compare(base, merged)
+    assert agreement.kl > 1e-3
+    assert agreement.top1 < 1
+
+
+def test_models_of_different_vocabularies_cannot_be_compared(line: Line, tmp_path: Path) -> None:
+    stranger = make_model(tmp_path / "stranger", vocab_size=600)
+    first = record("base", line.root / "base", line.config(), tmp_path / "probes")
+    second = record("stranger", stranger, line.config(), tmp_path / "probes")
+    with pytest.raises(InvalidData, match="vocabulary of 600"):
+        parity.compare(first, second)
+
+
+@pytest.mark.parametrize(
+    ("kl", "origin", "expected"), [(0.0, 0.2, 1.0), (0.2, 0.2, 0.0), (0.05, 0.2, 0.75), (0.0, 0.0, 1.0), (0.2, 0.0, 0.0)]
+)
+def test_recovered(kl: float, origin: float, expected: float) -> None:
+    assert parity.recovered(kl, origin) == pytest.approx(expected)
+
+
+def test_prompts_are_equal_until_the_chat_template_is_swapped(line: Line, tmp_path: Path) -> None:
+    conversations = read_material(line.config()).held_out.probes
+    good = load_tokenizer(line.root / "merged")
+    assert parity.same_prompts(good, load_tokenizer(line.root / "quantized"), conversations) == 1.0
+    swapped = line.copy("quantized", tmp_path / "swapped")
+    (swapped / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("assistant", "expert"))
+    assert parity.same_prompts(good, load_tokenizer(swapped), conversations) == 0.0
+
+
+def test_generation_configs(line: Line, tmp_path: Path) -> None:
+    other = line.copy("quantized", tmp_path / "other")
+    assert parity.same_generation_config(line.root / "merged", other) == 1.0
+    (other / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert parity.same_generation_config(line.root / "merged", other) == 0.0
+
+
+def ledger(config: EvaluateConfig, scratch: Path) -> dict[str, float]:
+    """The whole ledger of a line, through the stage's own measuring."""
+    from evaluator.evaluate import _measure
+
+    material, meter = read_material(config), Meter(SilentProgress(), total=999)
+    line = members(config)
+    measured = {member.name: _measure(member, config, material, scratch=scratch, meter=meter) for member in line}
+    return collect(config, line, measured, material, meter)
+
+
+@pytest.fixture(scope="module")
+def good(line: Line, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    return ledger(line.config(), tmp_path_factory.mktemp("probes"))
+
+
+def test_a_sound_line_has_parity_at_every_transition(good: dict[str, float]) -> None:
+    for transition, limit in (("dapt", 1e-6), ("merged", 1e-4), ("quantized", 1e-2)):
+        assert good[f"parity.{transition}.kl"] < limit
+        assert good[f"parity.{transition}.top1"] > 0.9
+        assert good[f"parity.{transition}.chat_template"] == good[f"parity.{transition}.generation_config"] == 1.0
+    assert good["parity.dapt.recovered"] > 0.999
+    assert good["parity.merged.recovered"] > 0.999
+    assert good["parity.merged.differs_from_base"] == 1.0
+
+
+def failing(line: Line, tmp_path: Path, failure: str) -> EvaluateConfig:
+    """The line with one known failure in it."""
+    if failure == "skipped dapt merge":
+        return line.config(dapt_merged=line.root / "base", quantized=None)
+    if failure == "skipped sft merge":
+        return line.config(merged=line.root / "dapt_merged", quantized=None)
+    if failure == "merge that did nothing":
+        return line.config(merged=line.root / "base", quantized=None)
+    if failure == "wrong scale":
+        merged = merge(line.root / "dapt_merged", line.root / "sft_adapter", tmp_path / "merged", dtype="float16", scale=0.5)
+        return line.config(merged=merged, quantized=None)
+    if failure == "wrong base":
+        merged = merge(line.root / "base", line.root / "sft_adapter", tmp_path / "merged", dtype="float16")
+        return line.config(merged=merged, quantized=None)
+    if failure == "swapped chat template":
+        swapped = line.copy("quantized", tmp_path / "swapped")
+        (swapped / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("<|eot_id|>", "<|end_header_id|>"))
+        return line.config(quantized=swapped)
+    assert failure == "quantized model of another line"
+    stranger = line.copy("quantized", tmp_path / "stranger")
+    other = make_model(tmp_path / "other", seed=9, hidden=48, dtype="float16")
+    shutil.copyfile(other / "model.safetensors", stranger / "model.safetensors")
+    shutil.copyfile(other / "config.json", stranger / "config.json")
+    return line.config(quantized=stranger)
+
+
+@pytest.mark.parametrize(
+    ("failure", "metric", "limit"),
+    [
+        ("skipped dapt merge", "parity.dapt.recovered", 0.01),
+        ("skipped sft merge", "parity.merged.recovered", 0.01),
+        ("merge that did nothing", "parity.merged.differs_from_base", 0.0),
+        ("wrong scale", "parity.merged.recovered", 0.95),
+        ("wrong base", "parity.merged.recovered", 0.9),
+        ("swapped chat template", "parity.quantized.chat_template", 0.0),
+        ("quantized model of another line", "parity.quantized.top1", 0.5),
+    ],
+)
+def test_the_ledger_catches(line: Line, good: dict[str, float], tmp_path: Path, failure: str, metric: str, limit: float) -> None:
+    assert good[metric] > limit
+    assert ledger(failing(line, tmp_path, failure), tmp_path / "probes")[metric] <= limit

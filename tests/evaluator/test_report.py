@@ -1,0 +1,119 @@
+"""The report: self-contained, escaped, and complete; loss curves read as the trainer writes them."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+from evaluator.curves import Curve, draw, read_curves
+from evaluator.report import figure, render, write
+from parampara.schemas.stages import EvaluateResult, GateResult, Sample
+
+NASTY = "<script>alert('x')</script> & \"quotes\""
+CURVE = Curve(title="DAPT: loss on books", train=[(1, 3.5), (2, 3.1), (3, 2.6)], validation=[(0, 3.4), (3, 2.7)])
+
+
+def result() -> EvaluateResult:
+    metrics = {
+        "perplexity.base": 33.0,
+        "perplexity.dapt": 12.0,
+        "perplexity.sft": 11.0,
+        "perplexity.quantized": 11.01,
+        "dapt.perplexity_reduction": 0.636,
+        "sft.validation_loss.before": 2.4,
+        "sft.validation_loss.after": 1.3,
+        "exact.base": 0.0,
+        "exact.sft": 0.8,
+        "exact.quantized": 0.79,
+        "quantize.perplexity_increase": 0.0009,
+        "size.merged_bytes": 100.0,
+        "size.quantized_bytes": 60.0,
+        "parity.merged.kl": 2e-8,
+        "parity.merged.chat_template": 1.0,
+        "parity.merged.generation_config": 0.0,
+        "parity.merged.differs_from_base": 1.0,
+        "parity.merged.base_kl": 0.4,
+        "format.cites_rule": 0.97,
+        "language.hinglish": 0.91,
+    }
+    missed = GateResult(metric="exact.quantized", value=None, min=0.7, max=None, action="hold", passed=False)
+    sample = Sample(question=NASTY, language="english", expected=NASTY, answers={"base": NASTY, "sft": "Answer: Ketu"})
+    return EvaluateResult(output=Path("/secret/place"), metrics=metrics, gates=[missed], decision="hold", samples=[sample], seconds=12.0)
+
+
+def test_nothing_of_the_data_can_become_markup() -> None:
+    page = render(result(), [Curve(title=NASTY, train=CURVE.train, validation=CURVE.validation)])
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 4
+
+
+def test_nothing_is_loaded_from_elsewhere() -> None:
+    page = render(result(), [CURVE])
+    assert not re.findall(r"""(?:src|href)\s*=|url\(|@import|https?://""", page)
+
+
+def test_gates_metrics_parity_and_samples_are_shown() -> None:
+    text = _text(render(result(), [CURVE]))
+    for shown in ["hold", "not measured", "≥ 0.7", "exact.quantized", "63.6 %", "2.0e-08", "differs", "97.0 %", "Answer: Ketu", "+0.09 %"]:
+        assert shown in text, shown
+
+
+def test_json_is_the_result_without_the_machines_path(tmp_path: Path) -> None:
+    write(result(), [], directory=tmp_path)
+    stored = EvaluateResult.model_validate_json((tmp_path / "report.json").read_text())
+    assert stored == result().model_copy(update={"output": Path(".")})
+    assert "/secret" not in (tmp_path / "report.json").read_text() + (tmp_path / "report.html").read_text()
+
+
+def test_a_curve_is_well_formed_svg_inside_its_frame() -> None:
+    svg = ElementTree.fromstring(draw(CURVE))
+    width, height = (float(value) for value in svg.attrib["viewBox"].split()[2:])
+    points = [pair.split(",") for line in svg.findall("polyline") for pair in line.attrib["points"].split()]
+    assert len(points) == 5
+    assert all(0 <= float(x) <= width and 0 <= float(y) <= height for x, y in points)
+
+
+def test_a_long_history_is_thinned() -> None:
+    svg = draw(Curve(title="long", train=[(float(step), 2.0) for step in range(5000)], validation=[]))
+    assert len(re.findall(r"\d+\.\d+,\d+", svg)) <= 400
+
+
+def test_curves_as_the_trainer_writes_them(tmp_path: Path) -> None:
+    rows = [{"step": 0, "validation_loss": 3.6}, {"step": 1, "loss": 3.5, "tokens_per_s": 800.0}, {"step": 2, "loss": None}]
+    rows += [{"step": 2, "loss": 3.0}, {"step": 2, "validation_loss": 3.1}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (curve,) = read_curves(dapt=tmp_path, sft=None)
+    assert (curve.train, curve.validation) == ([(1, 3.5), (2, 3.0)], [(0, 3.6), (2, 3.1)])
+
+
+def test_the_summary_fills_in_a_missing_validation_history(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.5}\n{"step": 9, "loss": 2.5}\n')
+    (tmp_path / "training.json").write_text('{"validation_loss_before": 3.6, "validation_loss_after": 2.7}')
+    (curve,) = read_curves(dapt=None, sft=tmp_path)
+    assert curve.validation == [(1, 3.6), (9, 2.7)]
+
+
+def test_an_adapter_without_history_has_no_curve(tmp_path: Path) -> None:
+    assert read_curves(dapt=tmp_path, sft=None) == []
+
+
+def test_figures() -> None:
+    assert [figure(value) for value in (None, 0.0, 2e-8, 0.12345, 12345.6)] == ["not measured", "0", "2.0e-08", "0.1235", "12,346"]
+
+
+class _TextOnly(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+
+    def handle_data(self, data: str) -> None:
+        self.parts.append(data)
+
+
+def _text(page: str) -> str:
+    parser = _TextOnly()
+    parser.feed(page)
+    return " ".join(parser.parts)

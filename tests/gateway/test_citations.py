@@ -1,0 +1,71 @@
+"""Markers and attribution, text by text."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.citations import MarkerFilter, attribute
+
+
+def filtered(text: str, passages: int, *cuts: int) -> tuple[str, list[tuple[int, str]], str]:
+    """The text that went out piece by piece, the marks as (number, marked text), and the whole text."""
+    checked = MarkerFilter(passages)
+    places = sorted({0, *(cut % (len(text) + 1) for cut in cuts), len(text)})
+    out = "".join(checked.feed(text[start:end]) for start, end in itertools.pairwise(places)) + checked.finish()
+    return out, [(mark.number, out[mark.start : mark.end]) for mark in checked.marks], checked.text
+
+
+def test_known_markers_stay_and_unknown_ones_go() -> None:
+    assert filtered("Ketu [1] and Venus [4].", 3) == ("Ketu [1] and Venus.", [(1, "[1]")], "Ketu [1] and Venus.")
+    assert filtered("Both [1, 9,2] say so", 3)[:2] == ("Both [1, 2] say so", [(1, "[1, 2]"), (2, "[1, 2]")])
+    assert filtered("No [0] none [99]", 3)[:2] == ("No none", [])
+
+
+def test_brackets_that_are_no_markers_stay() -> None:
+    for text in ("a [list] of", "array[i]", "open [1", "open [", "[12345]", "[]", "1] [x1]"):
+        assert filtered(text, 3) == (text, [], text)
+
+
+@given(st.text(alphabet="ab [],123\n", max_size=60), st.integers(0, 3), st.lists(st.integers(0, 60), max_size=12))
+def test_how_the_text_is_cut_into_pieces_changes_nothing(text: str, passages: int, cuts: list[int]) -> None:
+    whole, pieces = filtered(text, passages), filtered(text, passages, *cuts)
+    assert whole == pieces
+    assert pieces[0] == pieces[2]
+
+
+def test_text_is_held_back_only_while_a_marker_may_be_under_way() -> None:
+    checked = MarkerFilter(1)
+    assert [checked.feed(piece) for piece in ["Ketu", " ", "[", "1", "]", " rules", " x[", "abc"]] == [
+        *("Ketu", "", "", "", " [1]", " rules", " x", "[abc"),
+    ]
+
+
+PASSAGES = [
+    "Ketu rules for seven years, Venus for twenty years in the Vimshottari cycle.",
+    "The sub lord of the seventh cusp decides whether marriage is promised.",
+    "Saptam bhav ka swami agar gyarah bhav ka karak ho to vivah hota hai.",
+]
+
+
+def attributed(text: str) -> list[tuple[str, int]]:
+    return [(text[mark.start : mark.end], mark.number) for mark in attribute(text, PASSAGES)]
+
+
+def test_each_line_goes_to_the_passage_that_says_it() -> None:
+    text = "Answer: marriage is promised by the sub lord.\nRule: Ketu rules seven years.\nConfidence: High"
+    assert attributed(text) == [("Answer: marriage is promised by the sub lord.", 2), ("Rule: Ketu rules seven years.", 1)]
+    assert attributed("Saptam bhav ka swami karak ho.") == [("Saptam bhav ka swami karak ho.", 3)]
+
+
+def test_what_no_passage_says_stays_without_a_citation() -> None:
+    for text in ("", "Bananas grow in warm countries.", "Confidence: High", "...", "years"):
+        assert attributed(text) == []
+
+
+@given(st.text(max_size=200))
+def test_attribution_takes_any_text(text: str) -> None:
+    for mark in attribute(text, PASSAGES):
+        assert 0 <= mark.start < mark.end <= len(text)

@@ -1,0 +1,82 @@
+"""The safetensors reader and writer against the safetensors library, and headers that lie."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from merger.tensor_files import Planned, ShardWriter, TensorFile
+from parampara.errors import InvalidData
+
+TENSORS = {
+    "matrix": torch.arange(35, dtype=torch.float32).reshape(7, 5),
+    "half": torch.randn(3, 2, 4).to(torch.bfloat16),
+    "counts": torch.tensor([1, 2, 3]),
+    "scalar": torch.tensor(2.5),
+    "empty": torch.zeros(0, 4),
+}
+
+
+def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
+    save_file(TENSORS, str(tmp_path / "a.safetensors"))
+    with TensorFile(tmp_path / "a.safetensors") as file:
+        assert set(file.tensors) == set(TENSORS)
+        for name, tensor in TENSORS.items():
+            assert torch.equal(file.read(name), tensor)
+        assert torch.equal(file.read_rows("matrix", 2, 5), TENSORS["matrix"][2:5])
+
+
+def test_the_library_reads_what_it_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "b.safetensors"
+    with ShardWriter(path, [Planned(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.items()]) as writer:
+        for name, tensor in TENSORS.items():
+            for rows in tensor.split(2) if name == "matrix" else [tensor]:
+                writer.write(rows)
+    loaded = load_file(str(path))
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
+    with safe_open(str(path), framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_a_shard_with_missing_rows_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="were planned"), ShardWriter(tmp_path / "c", [Planned("x", torch.float32, (4, 4))]) as writer:
+        writer.write(torch.zeros(3, 4))
+
+
+def lying(path: Path, header: object, body: int) -> Path:
+    encoded = json.dumps(header).encode()
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + b"\0" * body)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("header", "body"),
+    [
+        ({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, 12),
+        ({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, 20),
+        ({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}}, 12),
+        ({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "y": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, 12),
+        ({"x": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, 12),
+        ({"x": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}, 2),
+        ({"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}, 0),
+        ({"x": {"dtype": "F32"}}, 0),
+        ({"x": 3}, 0),
+        ([1], 0),
+    ],
+)
+def test_headers_that_lie_are_refused(tmp_path: Path, header: object, body: int) -> None:
+    with pytest.raises(InvalidData):
+        TensorFile(lying(tmp_path / "x.safetensors", header, body))
+
+
+@pytest.mark.parametrize("content", [b"", b"1234567", b"\xff" * 8 + b"{}", b"\x02\0\0\0\0\0\0\0\x80\x81"])
+def test_files_that_are_not_safetensors_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InvalidData):
+        TensorFile(path)

@@ -1,0 +1,102 @@
+"""The quantized model in real vLLM: it loads through vllm-bnb-plugin and gives the probabilities that transformers gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parampara.progress import SilentProgress
+from parampara.schemas.stages import QuantizeConfig, QuantizeParams
+from quantizer.quantize import run
+from tests.tiny_models import make_model
+
+VLLM_PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
+HEAD_DIM_32 = 128
+"""Hidden size of a tiny model with four heads of 32: vLLM's CPU attention has no kernel for 16."""
+PROMPT = [0, 20, 30, 40, 50, 60, 70, 80, 90]
+START_SECONDS = 100
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="no .venv-vllm here")]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    parent = make_model(tmp_path_factory.mktemp("parent"), hidden=HEAD_DIM_32, dtype="float16")
+    config = QuantizeConfig(model=parent, params=QuantizeParams(schemes=["bitsandbytes"]))
+    return run(config, workdir=tmp_path_factory.mktemp("work"), progress=SilentProgress()).output
+
+
+@pytest.fixture(scope="module")
+def vllm_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "0-1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    options = ["--enforce-eager", "--kv-cache-memory-bytes", "67108864", "--max-model-len", "256", "--max-num-seqs", "4"]
+    command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "tiny"]
+    log = tmp_path_factory.mktemp("vllm") / "log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port), *options], env=environment, stdout=file, stderr=file
+        )
+    try:
+        _wait(process, f"http://127.0.0.1:{port}/health", log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_vllm_gives_the_same_probabilities_as_transformers(model: Path, vllm_url: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    choice = _post(f"{vllm_url}/v1/completions", body)["choices"][0]
+    served = [entry[str(token)]["logprob"] for token, entry in zip(PROMPT[1:], choice["prompt_logprobs"][1:], strict=True)]
+    loaded = AutoModelForCausalLM.from_pretrained(model, device_map={"": "cpu"})
+    with torch.inference_mode():
+        log_probs = loaded(torch.tensor([PROMPT])).logits[0].float().log_softmax(-1)
+    expected = [float(log_probs[position, token]) for position, token in enumerate(PROMPT[1:])]
+    assert served == pytest.approx(expected, abs=0.15)
+    assert max(expected) - min(expected) > 1  # so the bound above can fail
+
+
+def test_vllm_answers_a_chat(vllm_url: str) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Ketu rules"}], "max_tokens": 6, "temperature": 0}
+    answer = _post(f"{vllm_url}/v1/chat/completions", body)
+    assert answer["usage"]["completion_tokens"] > 0
+    assert answer["choices"][0]["message"]["role"] == "assistant"
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    pytest.fail(f"vLLM did not start: {log.read_text(errors='replace')[-3000:]}")
+
+
+def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)

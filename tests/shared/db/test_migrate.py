@@ -1,0 +1,55 @@
+"""The migrations make exactly the tables that the models describe."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import psycopg
+import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session, sessionmaker
+
+from parampara.db import migrate
+from parampara.db.models import Run
+
+
+def test_models_and_migrations_agree(sessions: sessionmaker[Session]) -> None:
+    with sessions() as session:
+        assert migrate.drift(session.connection()) == []
+
+
+def test_drift_is_noticed(sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch) -> None:
+    with sessions() as session:
+        session.execute(text("ALTER TABLE runs DROP COLUMN gate"))
+        found = migrate.drift(session.connection())
+    assert len(found) == 1 and "gate" in repr(found[0])
+
+
+def test_several_processes_may_migrate_at_once(postgres, database_url: str) -> None:
+    with create_engine(database_url).connect() as connection:
+        connection.execute(text("DROP SCHEMA public CASCADE"))
+        connection.execute(text("CREATE SCHEMA public"))
+        connection.commit()
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda _: migrate.upgrade(database_url), range(3)))
+        assert connection.execute(text("SELECT count(*) FROM alembic_version")).scalar_one() == 1
+        assert migrate.drift(connection) == []
+
+
+def test_a_new_column_waits_at_most_five_seconds_for_its_lock(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migrate, "LOCK_TIMEOUT", "200ms")
+    plain = database_url.replace("+psycopg", "")
+    with psycopg.connect(plain) as blocker:
+        blocker.execute("UPDATE alembic_version SET version_num = version_num")
+        blocker.commit()
+        blocker.execute("LOCK TABLE runs IN ACCESS SHARE MODE")
+        with pytest.raises(OperationalError, match="lock timeout"):
+            migrate.downgrade(database_url, "base")
+
+
+def test_null_json_is_sql_null(sessions: sessionmaker[Session]) -> None:
+    with sessions() as session, session.begin():
+        session.add(Run(id="run_1", name="n", recipe={}, datasets={}, error=None))
+        session.flush()
+        assert session.execute(text("SELECT error IS NULL FROM runs")).scalar_one() is True

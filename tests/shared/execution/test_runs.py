@@ -1,0 +1,265 @@
+"""A whole run through the protocol: order, artifacts, gates, reuse, cancel and retry of runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from parampara.db.models import Alias, Artifact, Attempt, Deployment, Event, Job, Model, Outbox
+from parampara.db.session import transaction
+from parampara.errors import InvalidRequest, NotFound, WrongState
+from parampara.execution.queue import enqueue_job, request_cancel, retry_job, retry_run
+from parampara.plan import deploy_spec
+from parampara.schemas.stages import DeployParams
+from parampara.storage import LocalStorage
+
+LINE = ["dapt", "merge_dapt", "sft", "merge", "quantize", "evaluate", "deploy"]
+
+
+def test_a_run_goes_through_all_stages_and_is_served(queue: Any) -> None:
+    run_id = queue.start_run(gates=[{"metric": "half", "min": 0.4, "action": "fail"}])
+    assert list(queue.states(run_id).values()) == ["queued"] + ["waiting"] * 6
+    assert queue.work() == [f"{name}:succeeded" for name in LINE]
+    run, jobs = queue.the_run(run_id), queue.jobs(run_id)
+    assert (run.state, run.gate, run.error) == ("succeeded", "promote", None)
+    assert run.started_at is not None
+    assert run.finished_at is not None
+    assert run.model == f"ft:tiny:parampara:expert:{run_id[4:12]}"
+    storage = LocalStorage(queue.settings.artifacts_dir)
+    parents = {name: storage.manifest(job.artifact_id).parents for name, job in jobs.items() if job.artifact_id}
+    for job in jobs.values():
+        if job.artifact_id:
+            storage.verify(job.artifact_id)
+    assert parents["merge"] == [jobs["dapt"].artifact_id, jobs["sft"].artifact_id]
+    assert parents["quantize"] == [jobs["merge"].artifact_id]
+    # the adapter of SFT was trained on a merge in the precision of DAPT; the final merge is in the recipe's
+    assert "float32" in (storage.path(jobs["merge_dapt"].artifact_id) / "merged.txt").read_text()
+    assert "float16" in (storage.path(jobs["merge"].artifact_id) / "merged.txt").read_text()
+    with queue.sessions() as session:
+        alias = session.get_one(Alias, "kp")
+        assert (alias.model, alias.url, alias.active_generation) == (run.model, "http://model:8002", 1)
+        assert session.scalars(select(Deployment.status)).all() == ["ready"]
+        assert session.get_one(Model, run.model).artifact_id == jobs["quantize"].artifact_id
+        assert "output" not in (jobs["dapt"].result or {})
+        curve = [
+            (point["step"], point["metrics"]["loss"])
+            for event in session.scalars(select(Event).where(Event.job_id == jobs["dapt"].id, Event.type == "metrics").order_by(Event.id))
+            for point in event.data["points"]
+        ]
+        assert curve == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
+    left = sorted(path.name for path in (queue.settings.work_dir / jobs["dapt"].id).iterdir())
+    assert left == ["attempt-1.log", "config.json", "lock", "progress.jsonl", "result.json", "trace.jsonl"]
+
+
+def test_every_queued_job_has_its_doorbell_in_the_same_transaction(queue: Any) -> None:
+    run_id = queue.start_run()
+    queue.work()
+    with queue.sessions() as session:
+        rung = set(session.scalars(select(Outbox.job_id)))
+    assert rung == {job.id for job in queue.jobs(run_id).values()}
+
+
+def test_a_second_equal_run_reuses_every_product(queue: Any) -> None:
+    datasets = {"books": [queue.book()], "qa": [queue.upload("{}", "qa.jsonl")]}
+    first = queue.start_run(datasets=datasets)
+    queue.work()
+    second = queue.start_run(datasets=datasets)
+    assert queue.work() == [f"{name}:reused" for name in LINE[:-1]] + ["deploy:succeeded"]
+    old, new = queue.jobs(first), queue.jobs(second)
+    for name in LINE[:-1]:
+        assert new[name].artifact_id == old[name].artifact_id
+        assert new[name].reused_from == old[name].id
+        assert new[name].result == old[name].result
+    assert queue.the_run(second).model != queue.the_run(first).model
+    assert queue.work() == []
+
+
+def test_another_seed_or_reuse_false_makes_a_new_product(queue: Any) -> None:
+    datasets = {"books": [queue.book()], "qa": [queue.upload("{}", "qa.jsonl")]}
+    for options, outcome in [({}, "succeeded"), ({"seed": 43}, "succeeded"), ({"reuse": False}, "succeeded"), ({}, "reused")]:
+        run_id = queue.start_run(datasets=datasets, **options)
+        claim = queue.claimed()
+        assert (claim.run_id, queue.run(claim)) == (run_id, outcome)
+
+
+def test_a_damaged_artifact_is_not_reused_but_made_again(queue: Any) -> None:
+    datasets = {"books": [queue.book()], "qa": [queue.upload("{}", "qa.jsonl")]}
+    first = queue.start_run(datasets=datasets)
+    queue.run(queue.claimed())
+    storage = LocalStorage(queue.settings.artifacts_dir)
+    (storage.path(queue.jobs(first)["dapt"].artifact_id) / "adapter.txt").unlink()
+    second = queue.start_run(datasets=datasets)
+    claim = queue.claimed()
+    assert claim.run_id == second
+    assert queue.run(claim) == "succeeded"
+    storage.verify(queue.jobs(first)["dapt"].artifact_id)  # equal content: healed in place
+
+
+def test_held_by_a_gate_succeeds_without_deploying(queue: Any) -> None:
+    run_id = queue.start_run(gates=[{"metric": "half", "min": 0.9, "action": "hold"}])
+    queue.work()
+    run, deploy = queue.the_run(run_id), queue.jobs(run_id)["deploy"]
+    assert (run.state, run.gate) == ("succeeded", "hold")
+    assert (deploy.state, deploy.error["code"]) == ("cancelled", "held_by_gate")
+    with queue.sessions() as session:
+        assert session.get(Alias, "kp") is None
+        assert session.get_one(Model, run.model)
+    with pytest.raises(WrongState, match="POST /v1/deployments"), transaction(queue.sessions) as session:
+        retry_job(session, deploy.id)
+    with pytest.raises(WrongState, match="no failed or cancelled job"), transaction(queue.sessions) as session:
+        retry_run(session, run_id)
+
+
+@pytest.mark.parametrize("deploy", ["kp", None])
+def test_failed_by_a_gate_fails_the_run(queue: Any, deploy: str | None) -> None:
+    run_id = queue.start_run(gates=[{"metric": "half", "min": 0.9, "action": "fail"}], deploy=deploy)
+    queue.work()
+    run = queue.the_run(run_id)
+    assert (run.state, run.gate, run.model) == ("failed", "fail", None)
+    assert run.error["code"] == "gate_failed"
+    assert "half = 0.5, wanted at least 0.9" in run.error["message"]
+    with pytest.raises(WrongState, match="failed by a gate"), transaction(queue.sessions) as session:
+        retry_run(session, run_id)
+
+
+def test_a_missed_gate_that_only_warns_promotes(queue: Any) -> None:
+    run_id = queue.start_run(gates=[{"metric": "half", "min": 0.9, "action": "promote"}])
+    queue.work()
+    assert (queue.the_run(run_id).state, queue.states(run_id)["deploy"]) == ("succeeded", "succeeded")
+
+
+def test_a_failure_ends_the_run_and_retry_goes_on_from_there(queue: Any) -> None:
+    book = queue.book(steps=6, exit="diverged", at=4)
+    run_id = queue.start_run(datasets={"books": [book], "qa": [queue.upload("{}", "qa.jsonl")]})
+    assert queue.work() == ["dapt:failed"]
+    run, jobs = queue.the_run(run_id), queue.jobs(run_id)
+    assert (run.state, run.error["code"]) == ("failed", "diverged")
+    assert "lower the learning rate" in run.error["message"]
+    assert {job.error["code"] for name, job in jobs.items() if name != "dapt"} == {"upstream_failed"}
+    with pytest.raises(WrongState, match="needs dapt"), transaction(queue.sessions) as session:
+        retry_job(session, jobs["merge_dapt"].id)
+    with transaction(queue.sessions) as session:
+        retry_job(session, jobs["dapt"].id)
+    assert list(queue.states(run_id).values()) == ["queued"] + ["waiting"] * 6
+    assert queue.the_run(run_id).state == "queued"
+    queue.work()
+    with queue.sessions() as session:
+        attempts = session.execute(
+            select(Attempt.number, Attempt.state).where(Attempt.job_id == jobs["dapt"].id).order_by(Attempt.number)
+        ).all()
+    assert [tuple(row) for row in attempts] == [(1, "failed"), (2, "failed")]
+
+
+def test_cancelling_a_run_cancels_what_waits_and_retry_brings_it_back(queue: Any) -> None:
+    run_id = queue.start_run()
+    claim = queue.claimed()
+    with transaction(queue.sessions) as session:
+        request_cancel(session, run_id)
+    assert queue.job(claim.job_id).cancel_requested
+    assert set(queue.states(run_id).values()) == {"running", "cancelled"}
+    assert queue.the_run(run_id).state not in ("cancelled", "succeeded", "failed")  # until the worker has really stopped
+    assert queue.run(claim) == "cancelled"
+    assert queue.the_run(run_id).state == "cancelled"
+    assert set(queue.states(run_id).values()) == {"cancelled"}
+    with pytest.raises(WrongState, match="already cancelled"), transaction(queue.sessions) as session:
+        request_cancel(session, run_id)
+    with transaction(queue.sessions) as session:
+        retry_run(session, run_id)
+    queue.work()
+    assert queue.the_run(run_id).state == "succeeded"
+
+
+def test_cancelling_a_queued_job_is_immediate(queue: Any) -> None:
+    job_id = queue.enqueue()
+    with transaction(queue.sessions) as session:
+        request_cancel(session, job_id)
+    assert queue.job(job_id).state == "cancelled"
+    assert queue.claim() is None
+
+
+def test_an_older_deployment_never_flips_back(queue: Any) -> None:
+    first = queue.start_run()
+    queue.work()
+    model = queue.the_run(first).model
+    artifact = queue.jobs(first)["quantize"].artifact_id
+    spec = deploy_spec(model=model, artifact_id=artifact, params=DeployParams(alias="kp"))
+    with transaction(queue.sessions) as session:
+        slow = enqueue_job(session, kind="deploy", spec=spec).id
+    slow_claim = queue.claimed("deploy")
+    from parampara.execution import inputs, outcomes  # the slow one: its generation is handed out, it has not finished
+
+    with transaction(queue.sessions) as session:
+        gathered = inputs.gather(session, slow_claim)
+    assert gathered is not None
+    assert gathered.deployment["generation"] == 2
+    with transaction(queue.sessions) as session:
+        enqueue_job(session, kind="deploy", spec=spec)
+    assert queue.work() == ["deploy:succeeded"]
+    with transaction(queue.sessions) as session:
+        result = {"url": "http://old:8002", "generation": 2}
+        assert outcomes.succeed(session, slow_claim, settings=queue.settings, result=result)
+    with queue.sessions() as session:
+        alias = session.get_one(Alias, "kp")
+        assert (alias.active_generation, alias.url) == (3, "http://model:8002")
+        statuses = session.execute(select(Deployment.generation, Deployment.status).order_by(Deployment.generation)).all()
+    assert [tuple(row) for row in statuses] == [(1, "superseded"), (2, "superseded"), (3, "ready")]
+    assert queue.job(slow).state == "succeeded"
+
+
+def test_a_deployment_that_cannot_start_fails_and_leaves_the_alias(queue: Any) -> None:
+    run_id = queue.start_run(deploy={"alias": "kp", "max_num_seqs": 4096})
+    queue.work()
+    run = queue.the_run(run_id)
+    assert run.state == "failed"
+    assert "refused the model" in run.error["message"]
+    with queue.sessions() as session:
+        assert session.get_one(Alias, "kp").model is None
+        deployment = session.scalars(select(Deployment)).one()
+    assert (deployment.status, deployment.error["message"]) == ("failed", "the model server refused the model")
+
+
+def test_idempotency_key(queue: Any) -> None:
+    datasets = {"books": [queue.book()], "qa": [queue.upload("{}", "qa.jsonl")]}
+    first = queue.start_run(datasets=datasets, idempotency_key="k", request_sha256="a")
+    assert queue.start_run(datasets=datasets, idempotency_key="k", request_sha256="a") == first
+    with pytest.raises(InvalidRequest, match="another request"):
+        queue.start_run(datasets=datasets, idempotency_key="k", request_sha256="b")
+    with queue.sessions() as session:
+        assert len(session.scalars(select(Job)).all()) == 7
+
+
+def test_bad_datasets_leave_nothing_behind(queue: Any) -> None:
+    book, qa = queue.book(), queue.upload("{}", "qa.jsonl")
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"books": [book]}, "datasets.qa"),
+        ({"books": [book], "qa": [qa], "extra": []}, "datasets.extra"),
+        ({"books": [book], "qa": [book]}, "datasets.qa"),
+        ({"books": book, "qa": [qa]}, "datasets.books"),
+        ({"books": [book], "qa": ["file-" + "0" * 24]}, "datasets.qa"),
+    ]
+    for datasets, param in bad:
+        with pytest.raises((InvalidRequest, NotFound)) as caught:
+            queue.start_run(datasets=datasets)
+        assert caught.value.param == param
+    with queue.sessions() as session:
+        assert session.scalars(select(Job)).all() == []
+
+
+def test_a_file_that_changed_after_upload_fails_the_job(queue: Any) -> None:
+    run_id = queue.start_run()
+    for path in queue.settings.files_dir.glob("*.txt"):
+        path.write_text('{"steps": 1, "seconds": 0}')
+    queue.work()
+    error = queue.the_run(run_id).error
+    assert (error["code"], "differs from what was uploaded" in error["message"]) == ("invalid_data", True)
+
+
+def test_equal_artifacts_are_stored_once(queue: Any) -> None:
+    for _ in range(2):
+        queue.enqueue(steps=2)
+    queue.work()
+    with queue.sessions() as session:
+        (artifact,) = session.scalars(select(Artifact)).all()
+        assert set(session.scalars(select(Job.artifact_id))) == {artifact.id}
