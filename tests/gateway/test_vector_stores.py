@@ -145,6 +145,25 @@ def test_searching_with_the_sdk(platform: Running, store: str) -> None:
     assert [result.filename for result in strict] == ["travel.md"]
 
 
+def test_meaning_and_words_both_count(platform: Running, store: str, tmp_path: Path) -> None:
+    rare = add_file(platform, "rare.md", "Zyxgrantha is the name of a palm-leaf manuscript about trees.")
+    platform.sdk.vector_stores.files.create(store, file_id=rare)
+    run_ingest_jobs(platform, tmp_path / "more")
+    query = "How long do planets govern a life? Zyxgrantha"
+
+    def found(embedding: float, text: float) -> list[str]:
+        options = {"hybrid_search": {"embedding_weight": embedding, "text_weight": text}}
+        body = {"query": query, "ranking_options": options, "max_num_results": 50}
+        return [entry["filename"] for entry in platform.http.post(f"/v1/vector_stores/{store}/search", json=body).json()["data"]]
+
+    by_meaning, by_words = found(1, 0), found(0, 1)
+    assert (by_meaning[0], by_words[0]) == ("dasha.md", "rare.md")
+    assert set(by_meaning) == {*BOOKS, "rare.md"}
+    assert platform.sdk.vector_stores.search(store, query=query).data[0].filename == "rare.md"
+    assert found(0.1, 10)[0] == "rare.md"
+    assert found(10, 0.1)[0] == "dasha.md"
+
+
 def test_hinglish_questions_find_the_right_passage(platform: Running, store: str) -> None:
     for question in ("shaadi ka vaada kab hota hai?", "saptam bhav ka sublord shaadi batata hai kya"):
         [best] = platform.sdk.vector_stores.search(store, query=question, max_num_results=1)

@@ -43,7 +43,7 @@ ARGUMENTS = "--dtype bfloat16 --enforce-eager --kv-cache-memory-bytes 67108864 -
 @pytest.fixture(scope="module")
 def vllm_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     directory, port = tmp_path_factory.mktemp("vllm"), free_port()
-    model = make_model(directory / "model", max_position_embeddings=1024)
+    model = make_model(directory / "model", hidden=128, max_position_embeddings=1024)  # heads of 32, the least that vLLM serves on a CPU
     command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", MODEL]
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(

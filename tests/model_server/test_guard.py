@@ -20,7 +20,8 @@ time.sleep(600)
 """
 ASKER = """
 import subprocess, sys, time
-p = subprocess.Popen([sys.executable, "-m", "model_server.guard", sys.executable, "-c", sys.argv[1]], stdin=subprocess.PIPE, start_new_session=True)
+command = [sys.executable, "-m", "model_server.guard", sys.executable, "-c", sys.argv[1]]
+p = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 time.sleep(600)
 """
 

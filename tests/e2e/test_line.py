@@ -1,0 +1,64 @@
+"""The whole line with everything real: Postgres, Redis, Celery workers, training, bitsandbytes, vLLM, gateway and the `openai` SDK.
+
+It is the demo itself with a recipe of few steps: nothing is learnt, everything is made, measured, served and asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+QUICK = {"dapt": {"epochs": 1, "max_steps": 8}, "sft": {"epochs": 1, "max_steps": 12}}
+GATES = [
+    {"metric": "parity.dapt.top1", "min": 0.99, "action": "fail"},
+    {"metric": "parity.merged.top1", "min": 0.99, "action": "fail"},
+    {"metric": "parity.merged.differs_from_base", "min": 1, "action": "fail"},
+    {"metric": "parity.quantized.chat_template", "min": 1, "action": "fail"},
+    {"metric": "exact.sft", "min": 0, "action": "fail"},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif(not (ROOT / ".venv-vllm/bin/python").exists(), reason="needs the vLLM environment: make setup")
+def test_the_line_from_base_model_to_cited_answer(tmp_path: Path) -> None:
+    recipe = yaml.safe_load((ROOT / "recipes/tiny-cpu.yaml").read_text(encoding="utf-8"))
+    for stage, values in QUICK.items():
+        recipe["stages"][stage]["train"].update(values)
+        recipe["stages"][stage]["train"].update(checkpoint_steps=4)
+    recipe["stages"]["evaluate"].update(max_questions=16, max_chunks=4, parity_prompts=4)
+    recipe["gates"] = GATES
+    path = tmp_path / "quick.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    home = tmp_path / "home"
+
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "parampara"), "demo", "--recipe", str(path), "--auto-ports"],
+        env={**os.environ, "PARAMPARA_HOME": str(home), "PYTHONUNBUFFERED": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1400,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    report = json.loads((home / "demo" / "report.json").read_text(encoding="utf-8"))
+    assert {stage["stage"] for stage in report["stages"]} == {"dapt", "merge_dapt", "sft", "merge", "quantize", "evaluate", "deploy"}
+    assert all(stage["status"] == "succeeded" for stage in report["stages"])
+    assert len(report["answers"]) == 3
+    for answer in report["answers"]:
+        assert answer["model"] == report["model"]
+        assert answer["model"].startswith("ft:tiny-llama:")
+        assert answer["text"].strip()
+        assert answer["citations"]
+    assert "<svg" in (home / "demo" / "report.html").read_text(encoding="utf-8")
+    assert "vllm" in "".join(path.name for path in (home / "model_server").iterdir())
