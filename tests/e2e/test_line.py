@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,11 +28,20 @@ GATES = [
 ]
 
 
+@pytest.fixture
+def open_home() -> Iterator[Path]:
+    """A state folder that Postgres' own user can reach when the tests run as root; pytest's are closed to others."""
+    folder = Path(tempfile.mkdtemp(prefix="parampara-line-"))
+    folder.chmod(0o755)
+    yield folder / "home"
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(1500)
 @pytest.mark.skipif(not (ROOT / ".venv-vllm/bin/python").exists(), reason="needs the vLLM environment: make setup")
-def test_the_line_from_base_model_to_cited_answer(tmp_path: Path) -> None:
+def test_the_line_from_base_model_to_cited_answer(tmp_path: Path, open_home: Path) -> None:
     recipe = yaml.safe_load((ROOT / "recipes/tiny-cpu.yaml").read_text(encoding="utf-8"))
     for stage, values in QUICK.items():
         recipe["stages"][stage]["train"].update(values)
@@ -38,7 +50,7 @@ def test_the_line_from_base_model_to_cited_answer(tmp_path: Path) -> None:
     recipe["gates"] = GATES
     path = tmp_path / "quick.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    home = tmp_path / "home"
+    home = open_home
 
     done = subprocess.run(
         [str(Path(sys.executable).parent / "parampara"), "demo", "--recipe", str(path), "--auto-ports"],

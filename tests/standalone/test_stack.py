@@ -37,9 +37,11 @@ class RunningStack:
         with self.output.open("wb") as sink:
             options = {"stdout": sink, "stderr": subprocess.STDOUT, "cwd": "/", "start_new_session": True}
             self.process = subprocess.Popen(UP, env=self.environment, **options)
-        self.until(lambda: (state.load(self.places) or self.nothing).status == "ready", 240)
+        self.until(self.ready, 240)
 
-    nothing = state.StackState(pid=0, status="", gateway_url="", ports={})
+    def ready(self) -> bool:
+        current = state.load(self.places)
+        return current is not None and current.pid == self.process.pid and current.status == "ready"
 
     def until(self, happened: Callable[[], object], seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 from pydantic import BaseModel, ValidationError
 
 from parampara.errors import Unavailable, WrongState
@@ -98,7 +99,8 @@ def running(places: Places) -> StackState:
         Unavailable: none does.
     """
     state = load(places) if is_running(places) else None
-    if state is None:
+    # a stack that is just starting may not have replaced the file of one that was killed
+    if state is None or not psutil.pid_exists(state.pid):
         raise Unavailable(f"No stack runs on {places.home}; start one with `parampara up` (or `make up`).", code="not_running")
     return state
 
