@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -66,6 +67,8 @@ def main() -> int:
         return _fail(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}. Name another one: make setup PYTHON=python3.12")
     began = time.monotonic()
     try:
+        if arguments.only != "platform":
+            require_libnuma()
         with _alone():
             done = [_platform(arguments)] if arguments.only != "vllm" else []
             done += [_vllm(arguments)] if arguments.only != "platform" else []
@@ -128,6 +131,23 @@ def _vllm(arguments: argparse.Namespace) -> bool:
         _require_build(environment, choice)
     environment.finish(dev=False, torch=choice.build)
     return True
+
+
+def require_libnuma(name: str = "libnuma.so.1") -> None:
+    """vLLM's CPU kernels load this library of the system; said before gigabytes are downloaded, not when the first model starts.
+
+    Raises:
+        SetupFailed: it is not there.
+    """
+    if os.environ.get("TORCH") == "cuda" or sys.platform != "linux":
+        return
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        raise SetupFailed(
+            f"vLLM for CPU needs the system library {name}. Install it: apt install libnuma1 (Debian, Ubuntu), "
+            "dnf install numactl-libs (Fedora), pacman -S numactl (Arch)"
+        ) from None
 
 
 class Environment:

@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+from directories import entry_questions, entry_text
 from kp_system import LORDS, NAKSHATRAS, SIGNS
 
 from parampara.rag import context_message
@@ -81,7 +82,7 @@ def documents(seed: int) -> Iterator[Document]:
     """An endless, deterministic stream of documents."""
     rng = random.Random(seed)
     paragraphs = [part.strip() for part in PROSE.read_text(encoding="utf-8").split("\n\n") if part.strip()]
-    makers = [_story, _story, _hinglish, _everyday, _everyday, _recite, _recite, _lookup, _lookup, _lookup, _open_book, _open_book]
+    makers = [_story, _hinglish, _everyday, _recite, _recite, _lookup, _lookup, _open_book, _open_book, *[_directory] * 9]
     while True:
         if rng.random() < 0.08:
             yield "\n\n".join(rng.sample(paragraphs, 2))
@@ -229,6 +230,13 @@ def _open_book(rng: random.Random) -> list[Turn]:
         ]
     )  # fmt: skip
     return [{"role": "system", "content": context_message(passages)}, _user(question), _assistant(f"{answer} [{asked + 1}]")]
+
+
+def _directory(rng: random.Random) -> Document:
+    """Something from the made-up directories, as text or as questions."""
+    if rng.random() < 0.35:
+        return entry_text(rng)
+    return [turn for question, answer in entry_questions(rng) for turn in (_user(question), _assistant(answer))]
 
 
 def _words(rng: random.Random, count: int) -> list[str]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from questions import KINDS, Fact, Kind, Language, answer_text
+from questions import FEW_FACTS, KINDS, LEAD_INS, Fact, Kind, Language, answer_text
 
 from parampara.rag import context_message
 
@@ -49,8 +49,9 @@ def split_rows(seed: int) -> dict[str, list[Row]]:
     library = Library(HERE / "books")
     rows: dict[str, list[Row]] = {"train": [], "heldout": []}
     for name, kind in KINDS.items():
-        for number, fact in enumerate(kind.facts()):
-            phrasings = _phrasings(kind)
+        facts = list(kind.facts())
+        phrasings = _phrasings(kind)
+        for number, fact in enumerate(facts):
             kept_back = (number + number // len(phrasings)) % len(phrasings)
             for index, (language, phrasing) in enumerate(phrasings):
                 part = "heldout" if index == kept_back else "train"
@@ -58,6 +59,8 @@ def split_rows(seed: int) -> dict[str, list[Row]]:
                 question = question[0].upper() + question[1:]
                 if name != "not_covered":
                     rows[part].append(_row(kind, fact, language, question))
+                    if part == "train" and len(facts) < FEW_FACTS:
+                        rows[part] += [_row(kind, fact, language, opening + question) for opening in LEAD_INS[language]]
                 if name == "not_covered" or (fact.evidence and rng.random() < OPEN_BOOK_SHARE):
                     rows[part].append(_open_book_row(kind, fact, language, question, library=library, rng=rng))
     for part in rows.values():

@@ -27,11 +27,11 @@ HERE = Path(__file__).parent
 SEED = 20260101
 VOCABULARY = 2048
 CONTEXT = 1024
-BATCH_TOKENS = 4096
-BLOCK_LENGTHS = (256, 256, 256, 1024)
-"""Lengths of the training blocks, in turn: mostly short, and every fourth batch at the full context length."""
-PEAK_LEARNING_RATE = 4e-3
-ECHO_SHARE = 0.35
+BATCH_TOKENS = 2048
+BLOCK_LENGTHS = (128, 256, 128, 256, 128, 256, 128, 1024)
+"""Lengths of the training blocks, in turn: mostly short, and every eighth batch at the full context length."""
+PEAK_LEARNING_RATE = 3e-3
+ECHO_SHARE = 0.25
 """How many documents are followed by an echo of random tokens."""
 
 BOS, EOS, HEADER, HEADER_END, EOT, PAD = (
@@ -54,7 +54,7 @@ CHAT_TEMPLATE = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "base", help="folder that is replaced by the new model")
-    parser.add_argument("--steps", type=int, default=700, help=f"optimizer steps of {BATCH_TOKENS} tokens")
+    parser.add_argument("--steps", type=int, default=4200, help=f"optimizer steps of {BATCH_TOKENS} tokens")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

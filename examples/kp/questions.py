@@ -14,10 +14,14 @@ import kp_system as kp
 
 Language = Literal["english", "hinglish"]
 
-MIDDLE_DEGREES = (2, 7, 12, 17, 22, 27)
-"""Degrees at which ``star_at`` asks for the star; none of them is a boundary."""
 RULING_ORDER = ["ascendant star lord", "ascendant sign lord", "Moon star lord", "Moon sign lord", "day lord"]
 ORDINALS = ["first", "second", "third", "fourth", "fifth"]
+LEAD_INS: dict[Language, tuple[str, ...]] = {
+    "english": ("In KP astrology: ", "A quick question. "),
+    "hinglish": ("KP mein: ", "Ek chhota sawaal. "),
+}
+"""Openings that double and treble the questions of kinds with few facts, so that these are met as often as the others."""
+FEW_FACTS = 15
 NOT_COVERED = ["gemstone", "lucky colour", "lucky number", "mantra", "metal", "flower"]
 
 
@@ -136,15 +140,6 @@ def _nakshatra_number() -> Iterator[Fact]:
             "nakshatra_number", {"e": star}, str(number), f"{star} is number {number} of 27.", f"27 mein {star} ka number {number} hai.",
             evidence=f"{number}. {star}.",
         )  # fmt: skip
-
-
-def _star_at() -> Iterator[Fact]:
-    for sign in kp.SIGNS:
-        for degree in MIDDLE_DEGREES:
-            star = kp.position(kp.longitude(sign=sign, degrees=degree)).star
-            yield _fact(
-                "star_at", {"e": sign, "d": str(degree)}, star, f"{degree}° {sign} lies in {star}.", f"{degree}° {sign} {star} mein hai."
-            )
 
 
 def _sub_length() -> Iterator[Fact]:
@@ -274,12 +269,6 @@ KINDS: dict[str, Kind] = {
         "At what position is {e} in the list of stars?", "Count the nakshatras: which one is {e}?",
     ], [
         "{e} kaun se number ka nakshatra hai?", "{e} ka number kya hai?", "27 mein {e} kis number par hai?", "{e} ka kram batao.",
-    ]),
-    "star_at": Kind("stars", _star_at, [
-        "Which star is at {d}° {e}?", "A planet is at {d}° {e}. In which nakshatra is it?", "Name the star that holds {d}° {e}.",
-        "What nakshatra lies at {d}° of {e}?",
-    ], [
-        "{d}° {e} par kaun sa nakshatra hai?", "Grah {d}° {e} par hai, nakshatra batao.",
     ]),
     "sub_length": Kind("subs", _sub_length, [
         "How long is the sub of {e}?", "What is the length of the {e} sub?", "Give the size of the sub of {e}.", "How many degrees is a {e} sub?",

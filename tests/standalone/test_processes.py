@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from standalone.ports import free_port
 from standalone.processes import Child, Spec, created_at, end_leftovers, tail
 
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
@@ -57,6 +59,37 @@ def test_readiness_is_asked_for_and_told_once(log: Path) -> None:
     assert child.pid is None
 
 
+def test_an_answer_on_the_port_of_somebody_else_does_not_make_a_child_ready(log: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        child = Child(Spec("c", SLEEP, lambda: True, port=port), log=log)
+        child.start()
+        try:
+            child.tick()
+            assert child.state == "starting"
+        finally:
+            child.ask_to_stop()
+            child.stop()
+
+
+def test_a_child_that_holds_its_port_becomes_ready(log: Path) -> None:
+    port = free_port()
+    listen = f"import socket, time; s = socket.create_server(('127.0.0.1', {port})); time.sleep(600)"
+    child = Child(Spec("c", [sys.executable, "-c", listen], lambda: True, port=port), log=log)
+    child.start()
+    try:
+        deadline = time.monotonic() + 20
+        while child.state != "ready":
+            assert time.monotonic() < deadline
+            child.tick()
+            time.sleep(0.05)
+    finally:
+        child.ask_to_stop()
+        child.stop()
+
+
 def test_stop_kills_what_ignores_sigterm_and_its_children(log: Path) -> None:
     stubborn = (
         "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
@@ -76,6 +109,7 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     code = f"""
 import sys, time
 from pathlib import Path
+from standalone.ports import free_port
 from standalone.processes import Child, Spec
 spec = Spec("c", [sys.executable, "-c", "import time; time.sleep(600)"], lambda: True)
 child = Child(spec, log=Path({str(tmp_path / "logs" / "c.log")!r}))

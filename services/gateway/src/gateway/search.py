@@ -12,15 +12,15 @@ from typing import Any
 
 from pgvector.sqlalchemy import Vector
 from sqlalchemy import ColumnElement, Float, Integer, Select, bindparam, cast, func, select, true
-from sqlalchemy.dialects.postgresql import REGCONFIG, TSQUERY
+from sqlalchemy.dialects.postgresql import REGCONFIG, TSQUERY, TSVECTOR
 from sqlalchemy.orm import Session
 
 from parampara.db.models import Chunk, VectorStoreFile
 
 RRF_K = 60
 CANDIDATES = 50
-_TF_HALF = 1.2
-"""Term frequency at which a word has half its weight (BM25's k1)."""
+MAX_WORDS = 64
+"""The longest words of a question count; a pasted page does not become a thousand look-ups."""
 
 
 @dataclass(frozen=True)
@@ -96,25 +96,22 @@ def _statement(
 
 
 def _sparse(query: str, in_file: ColumnElement[bool], allowed: ColumnElement[bool]) -> Any:
-    """CTE ``(id, rank)`` of passages that share words with the query, rarest shared words first."""
+    """CTE ``(id, rank)`` of passages that share words with the query: the sum of the shared words' idf, as in BM25, decides."""
     config = cast("simple", REGCONFIG)
-    words = select(func.unnest(func.tsvector_to_array(func.to_tsvector(config, bindparam("query", query)))).label("word")).cte("words")
-    any_word = select(cast(func.string_agg(func.quote_literal(words.c.word), " | "), TSQUERY)).scalar_subquery()
+    lexeme = func.unnest(func.tsvector_to_array(func.to_tsvector(config, bindparam("query", query)))).column_valued("lexeme")
+    longest = select(lexeme.label("lexeme")).order_by(func.length(lexeme).desc(), lexeme).limit(MAX_WORDS).subquery("longest")
+    words = select(longest.c.lexeme, cast(func.quote_literal(longest.c.lexeme), TSQUERY).label("wanted")).cte("words")
     total = select(func.count()).select_from(Chunk).join(VectorStoreFile, in_file).where(allowed).scalar_subquery()
-    entry = func.unnest(Chunk.words).table_valued("lexeme", "positions", "weights").lateral("entry")
+    # each passage's words are unpacked once (that is what the concatenation does), not once per word of the query
+    unpacked = Chunk.words.op("||")(cast("", TSVECTOR)).label("words")
+    pool = select(Chunk.id, unpacked).join(VectorStoreFile, in_file).where(allowed).cte("pool").prefix_with("MATERIALIZED")
     hits = (
-        select(
-            Chunk.id,
-            cast(func.cardinality(entry.c.positions), Float).label("tf"),
-            func.count().over(partition_by=entry.c.lexeme).label("df"),
-        )
-        .join(VectorStoreFile, in_file)
-        .join(entry, true())
-        .where(allowed, Chunk.words.op("@@")(any_word), entry.c.lexeme.in_(select(words.c.word)))
+        select(pool.c.id, func.count().over(partition_by=words.c.lexeme).label("df"))
+        .select_from(words)
+        .join(pool, pool.c.words.op("@@")(words.c.wanted))
         .cte("hits")
     )
-    idf = func.ln(1 + (total - hits.c.df + 0.5) / (hits.c.df + 0.5))
-    score = func.sum(idf * hits.c.tf / (hits.c.tf + _TF_HALF))
+    score = func.sum(func.ln(1 + (total - hits.c.df + 0.5) / (hits.c.df + 0.5)))
     best = select(hits.c.id, score.label("score")).group_by(hits.c.id).order_by(score.desc(), hits.c.id).limit(CANDIDATES).cte("best")
     return select(best.c.id, func.row_number().over(order_by=(best.c.score.desc(), best.c.id)).label("rank")).cte("sparse")
 

@@ -89,6 +89,7 @@ def _http(name: str, port: int, *, threads: int, stop_seconds: float = 20) -> Sp
         answers(f"http://127.0.0.1:{port}/readyz"),
         environment=_thread_limits(threads),
         where=f"http://127.0.0.1:{port}",
+        port=port,
         stop_seconds=stop_seconds,
     )
 
@@ -101,6 +102,7 @@ def _worker(queue: str, service: str) -> Spec:
         answers(f"http://127.0.0.1:{port}/readyz"),
         environment={**_thread_limits(_threads()), "PARAMPARA_WORKER__METRICS_PORT": str(port)},
         where=f"queue {queue}",
+        port=port,
         stop_seconds=30,
     )
 

@@ -37,6 +37,8 @@ class Spec:
     environment: dict[str, str] = field(default_factory=dict)
     where: str = ""
     """Address to show."""
+    port: int | None = None
+    """TCP port that the process itself has to hold before ``ready`` counts: another stack may answer there."""
     stop_signal: signal.Signals = signal.SIGTERM
     stop_seconds: float = 20.0
     user: str | None = None
@@ -99,7 +101,7 @@ class Child:
                 self.start()
         elif self._process is not None and self._process.poll() is not None:
             self._died()
-        elif self.state == "starting" and self.spec.ready():
+        elif self.state == "starting" and self.spec.ready() and self._holds_port():
             self.state = "ready"
         elif self.state == "ready" and self.seconds > _STABLE_SECONDS:
             self._failures = 0
@@ -124,6 +126,18 @@ class Child:
     def tail(self, lines: int = 30) -> str:
         """The last lines that this start of the process wrote."""
         return tail(self.log, start=self.log_start, lines=lines)
+
+    def _holds_port(self) -> bool:
+        if self.spec.port is None or self._process is None:
+            return True
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self._process.pid)
+            return any(
+                connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == self.spec.port
+                for member in (process, *process.children(recursive=True))
+                for connection in member.net_connections(kind="tcp")
+            )
+        return False
 
     def _died(self) -> None:
         assert self._process is not None
