@@ -54,7 +54,7 @@ CHAT_TEMPLATE = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "base", help="folder that is replaced by the new model")
-    parser.add_argument("--steps", type=int, default=4200, help=f"optimizer steps of {BATCH_TOKENS} tokens")
+    parser.add_argument("--steps", type=int, default=2000, help=f"optimizer steps of {BATCH_TOKENS} tokens")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -97,7 +97,7 @@ def test_answers_are_the_computed_facts():
             assert said == kp.LORDS[kp.NAKSHATRAS.index(match[1]) % 9]
         elif match := re.fullmatch(r"How many subs are in (\w+)\?", text):
             assert int(said) == sum(sub.sign == match[1] for sub in kp.SUBS)
-        elif match := re.fullmatch(r"(.+) ki dasha kitne saal ki hoti hai\?", text):
+        elif match := re.fullmatch(r"(\w+) ki dasha kitne saal ki hoti hai\?", text):
             assert said == f"{kp.DASHA_YEARS[match[1]]} saal"
         else:
             continue
