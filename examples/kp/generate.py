@@ -24,8 +24,8 @@ Row = dict[str, Any]
 
 HERE = Path(__file__).parent
 QUESTIONS_SEED = 20260101
-OPEN_BOOK_SHARE = 0.13
-MANY_SHARE = 0.1
+OPEN_BOOK_SHARE = 0.25
+MANY_SHARE = 0.3
 """Share of the open-book rows that carry as many passages as retrieval lays before a model of a thousand tokens."""
 WINDOW_WORDS = (25, 40, 60, 120)
 """Lengths of quoted passages, in words; the long one is drawn rarely."""
