@@ -18,24 +18,42 @@ from rich.table import Table
 
 from parampara.errors import InvalidRequest, ParamparaError
 from standalone import state
-from standalone.places import Places, find_places
+from standalone.client import Target
+from standalone.places import find_places
 
-app = typer.Typer(help="Parampara: from a base model to a served domain expert.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 runs = typer.Typer(help="Runs of a recipe.", no_args_is_help=True)
 app.add_typer(runs, name="run")
 console = Console()
 errors = Console(stderr=True)
 
+BaseUrl = Annotated[
+    str | None,
+    typer.Option("--base-url", envvar="PARAMPARA_BASE_URL", help="A platform that runs elsewhere, e.g. http://127.0.0.1:8000/v1."),
+]
+ApiKey = Annotated[
+    str | None, typer.Option("--api-key", envvar="PARAMPARA_API_KEY", help="Its key; in the variable no process list shows it.")
+]
 AutoPorts = Annotated[bool, typer.Option("--auto-ports", help="Take free ports where the configured ones are taken.")]
 
 
+@app.callback()
+def options(context: typer.Context, base_url: BaseUrl = None, api_key: ApiKey = None) -> None:
+    """Parampara: from a base model to a served domain expert.
+
+    Commands that talk to a platform take the stack of this folder, or the one that --base-url names.
+    """
+    with _failures():
+        context.obj = Target(find_places(), base_url, api_key)
+
+
 @app.command()
-def up(auto_ports: AutoPorts = False) -> None:
+def up(context: typer.Context, auto_ports: AutoPorts = False) -> None:
     """Start the whole stack and keep it up until Ctrl-C."""
     from standalone.display import StackDisplay
     from standalone.stack import Stack
 
-    places = _places()
+    places = _target(context).places
     display = StackDisplay(console)
     began = time.monotonic()
 
@@ -55,9 +73,9 @@ def up(auto_ports: AutoPorts = False) -> None:
 
 
 @app.command()
-def down() -> None:
+def down(context: typer.Context) -> None:
     """Stop the stack that runs on this home folder."""
-    places = _places()
+    places = _target(context).places
     with _failures():
         running = state.running(places)
         os.kill(running.pid, signal.SIGTERM)
@@ -70,9 +88,9 @@ def down() -> None:
 
 
 @app.command()
-def status() -> None:
+def status(context: typer.Context) -> None:
     """Show the processes of the running stack. Exit code 1 when one of them is not ready."""
-    places = _places()
+    places = _target(context).places
     with _failures():
         running = state.running(places)
     table = Table(box=None, pad_edge=False)
@@ -87,6 +105,7 @@ def status() -> None:
 
 @app.command()
 def demo(
+    context: typer.Context,
     recipe: Annotated[Path | None, typer.Option(help="Recipe to run instead of recipes/tiny-cpu.yaml.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Make everything again, also what an earlier run has made.")] = False,
     auto_ports: AutoPorts = False,
@@ -95,11 +114,12 @@ def demo(
     from standalone.demo.story import run_demo
 
     with _failures():
-        raise typer.Exit(run_demo(_places(), console, recipe=recipe, fresh=fresh, auto_ports=auto_ports))
+        raise typer.Exit(run_demo(_target(context), console, recipe=recipe, fresh=fresh, auto_ports=auto_ports))
 
 
 @app.command()
 def ask(
+    context: typer.Context,
     question: Annotated[str, typer.Argument(help="What to ask.")],
     model: Annotated[str, typer.Option(help="Alias or model id.")] = "kp",
 ) -> None:
@@ -107,7 +127,7 @@ def ask(
     from standalone.asking import Question, ask_model
     from standalone.client import Platform
 
-    with _failures(), Platform.of(_places()) as platform:
+    with _failures(), Platform.of(_target(context)) as platform:
         answer = ask_model(platform, Question(text=question, streamed=True), model=model, on_text=lambda text: console.out(text, end=""))
         console.print()
         for citation in answer.citations:
@@ -117,6 +137,7 @@ def ask(
 
 @runs.command("submit")
 def submit(
+    context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
     books: Annotated[list[Path], typer.Option(help="Books for DAPT; repeat for each.")],
     qa: Annotated[list[Path], typer.Option(help="Q&A files (JSONL); repeat for each.")],
@@ -129,7 +150,7 @@ def submit(
     from standalone.client import Platform
     from standalone.submitting import submit_run
 
-    with _failures(), Platform.of(_places()) as platform:
+    with _failures(), Platform.of(_target(context)) as platform:
         data = {"books": books, "qa": qa, "books_validation": books_validation or [], "qa_validation": qa_validation or []}
         run = submit_run(platform, recipe, data, reuse=reuse)
         console.print(run["id"], highlight=False)
@@ -138,20 +159,20 @@ def submit(
 
 
 @runs.command("watch")
-def watch_run(run_id: Annotated[str, typer.Argument()]) -> None:
+def watch_run(context: typer.Context, run_id: Annotated[str, typer.Argument()]) -> None:
     """Follow a run to its end. Exit code 0 only if it succeeded."""
     from standalone.client import Platform
 
-    with _failures(), Platform.of(_places()) as platform:
+    with _failures(), Platform.of(_target(context)) as platform:
         _watch(platform, run_id)
 
 
 @runs.command("list")
-def list_runs(limit: Annotated[int, typer.Option(min=1, max=100)] = 20) -> None:
+def list_runs(context: typer.Context, limit: Annotated[int, typer.Option(min=1, max=100)] = 20) -> None:
     """Newest runs first."""
     from standalone.client import Platform
 
-    with _failures(), Platform.of(_places()) as platform:
+    with _failures(), Platform.of(_target(context)) as platform:
         table = Table(box=None, pad_edge=False)
         for name in ("run", "name", "status", "gate", "model"):
             table.add_column(name)
@@ -167,9 +188,8 @@ def _watch(platform, run_id: str) -> None:
         raise typer.Exit(1)
 
 
-def _places() -> Places:
-    with _failures():
-        return find_places()
+def _target(context: typer.Context) -> Target:
+    return context.ensure_object(Target)
 
 
 def _memory(pid: int | None) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,26 @@ from parampara.errors import InvalidRequest, NotFound, ParamparaError, Unauthori
 from standalone import state
 from standalone.places import Places
 
+
+@dataclass(frozen=True)
+class Target:
+    """Where a command goes: the stack of ``places``, or the platform at ``base_url``.
+
+    Raises:
+        InvalidRequest: ``base_url`` is no http address.
+    """
+
+    places: Places
+    base_url: str | None = None
+    """With ``/v1``, without a slash at its end."""
+    api_key: str | None = None
+    """For ``base_url``; the folder's own stack has its key in a file."""
+
+    def __post_init__(self) -> None:
+        if self.base_url is not None and not re.match(r"https?://[^/\s]+", self.base_url):
+            raise InvalidRequest(f"PARAMPARA_BASE_URL is {self.base_url!r}; it must look like http://127.0.0.1:8000/v1.", param="base_url")
+
+
 _KINDS: dict[int, type[ParamparaError]] = {401: Unauthorized, 404: NotFound, 503: Unavailable}
 
 
@@ -19,20 +41,24 @@ class Platform:
     """One open connection to a gateway; use as a context manager."""
 
     def __init__(self, base_url: str, api_key: str) -> None:
-        self.base_url = base_url
+        self.base_url = base_url.rstrip("/")
         self.api_key = api_key
         headers = {"Authorization": f"Bearer {api_key}"}
-        self._http = httpx.Client(base_url=base_url, headers=headers, timeout=60, trust_env=False)
+        self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=60, trust_env=False)
 
     @classmethod
-    def of(cls, places: Places) -> Platform:
-        """The stack that runs on ``places``.
+    def of(cls, target: Target) -> Platform:
+        """The platform that ``target`` names.
 
         Raises:
-            Unavailable: none runs.
+            Unavailable: it names this folder's stack, and none runs.
+            Unauthorized: there is no key for it.
         """
-        running = state.running(places)
-        return cls(running.base_url, read_key(places))
+        if target.base_url is None:
+            return cls(state.running(target.places).base_url, read_key(target.places))
+        if not target.api_key:
+            raise Unauthorized(f"No key for {target.base_url}: give it in PARAMPARA_API_KEY.", param="api_key")
+        return cls(target.base_url, target.api_key)
 
     def __enter__(self) -> Platform:
         return self

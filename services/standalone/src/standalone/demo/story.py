@@ -17,7 +17,7 @@ from rich.console import Console
 from parampara.errors import ParamparaError, UpstreamFailed
 from standalone import state
 from standalone.asking import Answer, Question, ask_model
-from standalone.client import Platform
+from standalone.client import Platform, Target
 from standalone.demo import report
 from standalone.demo.background import Background
 from standalone.demo.knowledge import knowledge_base
@@ -46,18 +46,19 @@ class Timer:
             self.parts[name] = round(time.monotonic() - began, 2)
 
 
-def run_demo(places: Places, console: Console, *, recipe: Path | None, fresh: bool, auto_ports: bool) -> int:
+def run_demo(target: Target, console: Console, *, recipe: Path | None, fresh: bool, auto_ports: bool) -> int:
     """Play the whole demo and return its exit code: 0 only if every stage succeeded and the new model answered every question."""
+    places = target.places
     recipe = recipe or places.project / "recipes" / "tiny-cpu.yaml"
     console.print(f"Parampara demo: {recipe.name}, from base model to cited answers", style="bold", highlight=False)
     timer, began = Timer(), time.monotonic()
     with ExitStack() as cleanup:
         try:
             with timer.part("stack"):
-                _stack(places, console, cleanup, auto_ports=auto_ports)
+                _stack(target, console, cleanup, auto_ports=auto_ports)
             with timer.part("data"):
                 data = make_data(places, console)
-            platform = cleanup.enter_context(Platform.of(places))
+            platform = cleanup.enter_context(Platform.of(target))
             with timer.part("upload"):
                 files = upload_all(platform, data)
                 console.print(f"  uploaded {sum(map(len, files.values()))} files to {platform.base_url}/files", highlight=False)
@@ -75,10 +76,14 @@ def run_demo(places: Places, console: Console, *, recipe: Path | None, fresh: bo
             told = report.collect(platform, run, answers=answers, timings=timer.parts, recipe=recipe.name, store=store)
             page = report.write(told, places.demo)
         except ParamparaError as error:
-            return _failed(places, console, error)
+            return _failed(target, console, error)
         report.show(told, console)
-        console.print(f"  report   {page}\n  data     {places.demo / 'data'}\n  logs     {places.logs}", highlight=False, soft_wrap=True)
-        console.print('  go on    `make up` serves this model again; then `parampara ask "..."`', highlight=False)
+        console.print(f"  report   {page}\n  data     {places.demo / 'data'}", highlight=False, soft_wrap=True)
+        if target.base_url is None:
+            console.print(f"  logs     {places.logs}", highlight=False, soft_wrap=True)
+            console.print('  go on    `make up` serves this model again; then `parampara ask "..."`', highlight=False)
+        else:
+            console.print('  go on    `parampara ask "..."` with the same PARAMPARA_BASE_URL and PARAMPARA_API_KEY', highlight=False)
         console.print(f"done in {duration(timer.parts['total'])}: every stage succeeded, every question was answered", style="bold green")
     return 0
 
@@ -121,7 +126,11 @@ def questions(heldout: Path) -> list[Question]:
     return asked
 
 
-def _stack(places: Places, console: Console, cleanup: ExitStack, *, auto_ports: bool) -> None:
+def _stack(target: Target, console: Console, cleanup: ExitStack, *, auto_ports: bool) -> None:
+    if target.base_url is not None:
+        console.print(f"  using the platform at {target.base_url}", highlight=False)
+        return
+    places = target.places
     if state.is_running(places):
         running = state.running(places)
         console.print(f"  using the stack that runs at {running.gateway_url}", highlight=False)
@@ -169,8 +178,11 @@ def _require_success(platform: Platform, run: dict[str, Any]) -> None:
     raise UpstreamFailed(f"Stage {job['name']} {job['status']}: {message}\n--- end of its log\n{log}", code="stage_failed")
 
 
-def _failed(places: Places, console: Console, error: ParamparaError) -> int:
+def _failed(target: Target, console: Console, error: ParamparaError) -> int:
     console.print(f"\nThe demo failed: {error.message}", style="bold red", highlight=False, markup=False, soft_wrap=True)
+    if target.base_url is not None:
+        return 1
+    places = target.places
     up_log = places.logs / "up.log"
     if error.code == "stack_failed" and up_log.exists():
         console.print(tail(up_log, lines=25), highlight=False, markup=False, soft_wrap=True)
