@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ VERSIONS = ("1.27", "1.32", "1.37")
 """The oldest Kubernetes that the manifests are for, one in between, and the newest with a schema."""
 
 
-def faults(objects: Sequence[Object], *, versions: Iterable[str] = VERSIONS) -> list[str]:
+def faults(objects: Sequence[Object]) -> list[str]:
     """Every object must fit its schema, unknown fields refused; an object without a schema is a fault."""
-    return [fault for item in objects for fault in _faults(item, versions)]
+    return [fault for item in objects for fault in _faults(json.dumps(item))]
 
 
 @lru_cache
@@ -28,13 +29,19 @@ def custom_schemas() -> dict[str, dict[str, Any]]:
     return yaml.safe_load(Path(__file__).with_name("custom_resources.yaml").read_text(encoding="utf-8"))["schemas"]
 
 
-def _faults(item: Object, versions: Iterable[str]) -> Iterator[str]:
+@lru_cache(maxsize=1024)
+def _faults(text: str) -> tuple[str, ...]:
+    """The overlays have most objects in common: each is looked at once."""
+    return tuple(_of(json.loads(text)))
+
+
+def _of(item: Object) -> Iterator[str]:
     custom = custom_schemas().get(f"{item['apiVersion']}/{item['kind']}")
     if custom is not None:
         for error in jsonschema.Draft202012Validator(custom).iter_errors(item):
             yield f"{label(item)}: {_where(error)}: {error.message}"
         return
-    for version in versions:
+    for version in VERSIONS:
         try:
             kubernetes_validate.validate(item, version, strict=True)
         except kubernetes_validate.ValidationError as error:
