@@ -4,10 +4,10 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo up down status base test lint format types unit clean
+.PHONY: help setup setup-dev demo up down status base test lint format types unit k8s-check clean
 
 help: ## List these commands
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Make the environments (quick when nothing has changed; TORCH=cuda for GPU builds)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -45,6 +45,10 @@ types:
 
 unit:
 	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+k8s-check: setup-dev ## Render the Kubernetes manifests and check them: schemas, rules, references, the code (needs kustomize or kubectl)
+	@$(BIN)/python scripts/k8s_check.py
+	@$(BIN)/python -m pytest -q tests/deploy/test_k8s.py tests/deploy/test_k8s_code.py tests/deploy/test_k8s_scaling.py
 
 format: setup-dev ## Format the code and sort imports
 	@$(BIN)/ruff check --fix .

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from k8s_check import check
-from k8s_checks import network, policy, rendering
+from k8s_checks import network, policy, references, rendering
 from k8s_checks.objects import Object
 from tests.deploy.deployment_files import ROOT
 
@@ -66,6 +68,18 @@ def test_nothing_reaches_the_internet(manifests: Manifests, target: str) -> None
 def test_placeholder_networks_reach_nothing() -> None:
     text = (ROOT / "k8s/components/external-data/network-policies.yaml").read_text(encoding="utf-8")
     assert text.count("cidr: 192.0.2.0/24") == 2, "an address range that is nobody's (RFC 5737)"
+
+
+def test_a_secret_may_come_from_a_file_that_git_ignores(manifests: Manifests, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "k8s/secrets", tmp_path, dirs_exist_ok=True)
+    example = (tmp_path / "parampara.env.example").read_text(encoding="utf-8")
+    assert re.findall(r"^\w+=.+$", example, re.MULTILINE) == [], "an example password would become a real one"
+    (tmp_path / "parampara.env").write_text(re.sub(r"^#?(\w+)=$", r"\1=given", example, flags=re.MULTILINE), encoding="utf-8")
+    [secret] = rendering.render(tmp_path)
+    assert (secret["metadata"]["namespace"], secret["metadata"]["name"]) == ("parampara", "parampara")
+    used = {key for objects in manifests.values() for name, key in references.secrets(objects) if name == "parampara"}
+    assert set(secret["data"]) == used
+    assert "k8s/secrets/*.env" in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
 
 
 def find(objects: list[Object], name: str) -> Object:
