@@ -11,8 +11,8 @@ from k8s_checks.objects import Object, parse
 ROOT = Path(__file__).parents[2]
 HOW_TO_INSTALL = (
     "Neither kustomize nor kubectl is on PATH, so no manifest can be rendered. Install one of them:\n"
-    "  kustomize 5   https://kubectl.docs.kubernetes.io/installation/kustomize/ (Debian 13, Ubuntu 24.10: apt install kustomize)\n"
-    "  kubectl       1.25 or newer, https://kubernetes.io/docs/tasks/tools/ (Homebrew: brew install kubectl)"
+    "  kustomize 5   https://kubectl.docs.kubernetes.io/installation/kustomize/ (Debian 13: apt install kustomize)\n"
+    "  kubectl       1.27 or newer, https://kubernetes.io/docs/tasks/tools/ (Homebrew: brew install kubectl)"
 )
 
 

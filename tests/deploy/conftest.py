@@ -46,7 +46,7 @@ def gpu() -> dict[str, Any]:
 def manifests() -> dict[str, list[Object]]:
     """What kustomize makes of every overlay and example, by name: ``cpu``, ``single-gpu``..."""
     if rendering.tool() is None:
-        pytest.skip(rendering.HOW_TO_INSTALL)
+        pytest.skip("neither kustomize nor kubectl is on PATH: no manifest can be rendered")
     return {target.name: rendering.render(target) for target in rendering.targets()}
 
 

@@ -274,6 +274,10 @@ def test_one_card_is_never_asked_for_twice_by_one_kind(manifests: Manifests) -> 
             assert spec["cooldownPeriod"] <= 10, f"{pod.name} must let go of the card soon"
     waits = [container["name"] for container in workloads(objects)["deployer"].spec["initContainers"]]
     assert waits == ["schema", "model-server"], "a deployment waits until the model server has the card"
+    script = workloads(objects)["deployer"].spec["initContainers"][1]["args"][-1]
+    asked = re.findall(r"(/\S+\.py) (http://\S+?);", script)
+    assert asked == [("/opt/healthcheck.py", "http://model-server:8004/readyz")]
+    assert "COPY docker/healthcheck.py /opt/healthcheck.py" in (ROOT / "docker/model_server/Dockerfile").read_text(encoding="utf-8")
 
 
 @each_target
