@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,8 +28,30 @@ def readiness(sessions: sessionmaker[Session], settings: Settings) -> Readiness:
     return Readiness(status="not_ready" if failed else "ready", checks=checks)
 
 
-def gauges(sessions: sessionmaker[Session]) -> bytes:
-    """Runs, jobs and unsent doorbells by state, in Prometheus' text form; nothing while the database is away."""
+def gauges(sessions: sessionmaker[Session], settings: Settings) -> bytes:
+    """Disk space, runs, jobs and unsent doorbells, in Prometheus' text form; only disk space while the database is away."""
+    return _disks(settings) + _rows(sessions)
+
+
+@lru_cache
+def newest_revision() -> str | None:
+    return ScriptDirectory(str(Path(migrate.__file__).with_name("migrations"))).get_current_head()
+
+
+def _disks(settings: Settings) -> bytes:
+    """Folders may lie on disks of their own: each is told."""
+    registry = CollectorRegistry()
+    free = Gauge("parampara_disk_free_bytes", "Bytes that may still be written, by folder of the home.", ["folder"], registry=registry)
+    size = Gauge("parampara_disk_size_bytes", "Size of the disk, by folder of the home.", ["folder"], registry=registry)
+    for folder in (settings.artifacts_dir, settings.files_dir, settings.work_dir):
+        if folder.is_dir():
+            usage = shutil.disk_usage(folder)
+            free.labels(folder.name).set(usage.free)
+            size.labels(folder.name).set(usage.total)
+    return generate_latest(registry)
+
+
+def _rows(sessions: sessionmaker[Session]) -> bytes:
     registry = CollectorRegistry()
     runs = Gauge("parampara_runs", "Runs by state.", ["state"], registry=registry)
     jobs = Gauge("parampara_jobs", "Jobs by kind and state.", ["kind", "state"], registry=registry)
@@ -48,11 +71,6 @@ def gauges(sessions: sessionmaker[Session]) -> bytes:
     for kind, state, count in by_kind:
         jobs.labels(kind, state).set(count)
     return generate_latest(registry)
-
-
-@lru_cache
-def newest_revision() -> str | None:
-    return ScriptDirectory(str(Path(migrate.__file__).with_name("migrations"))).get_current_head()
 
 
 def _database(sessions: sessionmaker[Session]) -> Check:
