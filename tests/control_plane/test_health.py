@@ -67,6 +67,7 @@ def test_metrics_count_requests_by_route_and_jobs_by_state(client: TestClient, r
     assert 'parampara_runs{state="queued"} 1.0' in metrics
     assert 'parampara_jobs{kind="dapt",state="queued"} 1.0' in metrics
     assert 'parampara_jobs{kind="merge",state="waiting"} 2.0' in metrics
+    assert 'parampara_jobs{kind="ingest",state="failed"} 0.0' in metrics
     assert run_id not in metrics
 
 

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from parampara.db import migrate
 from parampara.db.models import JOB_STATES, RUN_STATES, Job, Outbox, Run
 from parampara.db.session import transaction
+from parampara.plan import QUEUES
 from parampara.schemas.api import Check, Readiness
 from parampara.settings import Settings
 
@@ -65,7 +66,7 @@ def _rows(sessions: sessionmaker[Session]) -> bytes:
         return b""
     for state in RUN_STATES:
         runs.labels(state).set(by_state.get(state, 0))
-    for kind in {kind for kind, _, _ in by_kind}:
+    for kind in QUEUES:  # a count that first shows when it is 1 is no rise that an alert could see
         for state in JOB_STATES:
             jobs.labels(kind, state).set(0)
     for kind, state, count in by_kind:
