@@ -198,7 +198,7 @@ def test_containers_are_confined(compose: Compose) -> None:
         assert service["read_only"] is True, name
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
-        assert service["init"] is True, f"{name}: stage processes leave zombies without an init"
+        assert service.get("init") is None, f"{name}: the image has its own init"
     for name, service in compose["services"].items():
         assert service["logging"]["options"]["max-size"], f"{name}: logs would fill the disk"
         if name != "migrate":
