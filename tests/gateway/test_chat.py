@@ -220,6 +220,16 @@ def test_silence_in_a_stream_is_bridged_by_pings(gateway: Running, monkeypatch: 
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Answer: Ketu"
 
 
+def test_a_stream_over_the_total_time_ends_with_an_error_and_not_with_pings(start_gateway: Callable[..., Running]) -> None:
+    """When the whole exchange's time is over every read fails at once: no silence, and a ping for each would never end."""
+    gateway = start_gateway(total_seconds=1, inter_token_seconds=5)
+    gateway.script.delay, gateway.script.text = 0.3, "word " * 100
+    text = gateway.ask(stream=True).text
+    assert text.count(": ping") < 5
+    assert "PARAMPARA_GATEWAY__TOTAL_SECONDS" in text
+    assert json.loads(text.rstrip().rsplit("data: ", 1)[1])["error"]["code"] == "upstream_timeout"
+
+
 def test_request_ids_are_kept_or_made(gateway: Running) -> None:
     own = gateway.http.post("/v1/chat/completions", json={}, headers={"x-request-id": "mine-1"})
     assert own.headers.get_list("x-request-id") == ["mine-1"]

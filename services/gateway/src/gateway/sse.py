@@ -24,14 +24,14 @@ async def events(content: aiohttp.StreamReader, settings: GatewaySettings) -> As
     """The ``data`` of each event, ``[DONE]`` last; None after each stretch of silence, when a ping is due.
 
     Raises:
-        UpstreamTimeout: the next event did not come in time.
+        UpstreamTimeout: the next event did not come in time, or the answer as a whole takes too long.
         UpstreamFailed: the stream ended without ``[DONE]``.
     """
     buffer = b""
     limit = settings.first_token_seconds
     while True:
         heard = time.monotonic()
-        while (piece := await _read(content, min(PING_SECONDS, heard + limit - time.monotonic()))) is None:
+        while (piece := await _read(content, min(PING_SECONDS, heard + limit - time.monotonic()), settings.total_seconds)) is None:
             if time.monotonic() - heard >= limit:
                 raise UpstreamTimeout(f"The model server sent no token for {limit:g} s.")
             yield None
@@ -50,13 +50,20 @@ async def events(content: aiohttp.StreamReader, settings: GatewaySettings) -> As
         limit = settings.inter_token_seconds
 
 
-async def _read(content: aiohttp.StreamReader, seconds: float) -> bytes | None:
-    """What has arrived, empty at the end of the stream, None when nothing came in time."""
+async def _read(content: aiohttp.StreamReader, seconds: float, total: float) -> bytes | None:
+    """What has arrived, empty at the end of the stream, None when nothing came within ``seconds``.
+
+    Raises:
+        UpstreamTimeout: the client session's own limit on the whole exchange is over; every further read would fail at once.
+    """
+    silence = asyncio.timeout(max(seconds, 0))
     try:
-        async with asyncio.timeout(max(seconds, 0)):
+        async with silence:
             return await content.readany()
     except TimeoutError:
-        return None
+        if silence.expired():
+            return None
+        raise UpstreamTimeout(f"The answer took longer than {total:g} s (PARAMPARA_GATEWAY__TOTAL_SECONDS).") from None
 
 
 def frame(data: bytes | dict[str, Any]) -> bytes:

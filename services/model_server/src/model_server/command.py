@@ -35,6 +35,11 @@ class Wanted(BaseModel):
     generation: int = Field(ge=0)
     params: DeployParams = DeployParams()
 
+    def starts_like(self, other: Wanted) -> bool:
+        """Whether vLLM is started the same way for both: they differ only in who asked and how long that one waits."""
+        asker: Any = {"alias": True, "generation": True, "params": {"alias", "ready_timeout_seconds"}}
+        return self.model_dump(exclude=asker) == other.model_dump(exclude=asker)
+
 
 def build_command(wanted: Wanted, settings: ModelServerSettings) -> list[str]:
     """The whole argument vector for ``wanted``; the model path follows the configured command directly.

@@ -67,13 +67,13 @@ def _wait(client: httpx.Client, config: DeployConfig, progress: Progress) -> dic
             report = client.get("/deployment").json()
         except (httpx.HTTPError, ValueError):
             continue  # a model server that restarts remembers what it was asked for
-        if report["generation"] != config.generation or report["model_name"] != config.model_name:
+        if _replaced(report, config):
             raise InvalidRequest(
                 f"Generation {report['generation']} ({report['model_name']}) replaced generation {config.generation} on the model server.",
                 param="generation",
                 code="superseded",
             )
-        if report["status"] == "ready":
+        if report["status"] == "ready" and report["serving"] == config.model_name:
             return report
         if report["status"] == "failed":
             progress.event(report["error"] or "vLLM failed", level="error", log_tail=report["log_tail"])
@@ -82,6 +82,13 @@ def _wait(client: httpx.Client, config: DeployConfig, progress: Progress) -> dic
             told = str(report["error"])
             progress.event(told, level="warn", restarts=report["restarts"])
     raise Unavailable(f"{config.model_name} was not ready {timeout:.0f} s after it was asked for.", code="deployment_timeout")
+
+
+def _replaced(report: dict, config: DeployConfig) -> bool:
+    """Another alias may share the model; anything else that is wanted now is not this deployment."""
+    if report["model_name"] != config.model_name:
+        return True
+    return report["alias"] == config.alias and report["generation"] != config.generation
 
 
 def _pause() -> None:

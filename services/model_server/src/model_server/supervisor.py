@@ -13,22 +13,20 @@ import json
 import time
 from collections.abc import Awaitable
 from pathlib import Path
-from typing import Literal
 
 import httpx
 import structlog
 from prometheus_client import Counter, Gauge
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from model_server.command import Wanted, build_command, build_environment, log_configuration
 from model_server.engine import Engine, require_free_port
 from model_server.failure import reason
+from model_server.memory import Memory, Report, Status, remember
 from model_server.probe import first_answer, healthy
 from parampara.errors import ParamparaError, Unavailable, UpstreamFailed, WrongState
 from parampara.settings import Settings
 from parampara.storage import write_atomically
 
-Status = Literal["starting", "ready", "failed", "stopped"]
 BACKOFF_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
 HEALTH_SECONDS = 5.0
 HEALTH_MISSES = 6
@@ -38,38 +36,6 @@ RESTARTS = Counter("parampara_model_server_restarts", "vLLM processes started ag
 READY = Gauge("parampara_model_server_ready", "1 while the wanted model answers.")
 
 log = structlog.get_logger("model_server")
-
-
-class Report(BaseModel):
-    """What became of the newest ``PUT /deployment``, and what is served meanwhile."""
-
-    model_config = ConfigDict(protected_namespaces=())
-
-    status: Status
-    model_name: str | None = None
-    alias: str | None = None
-    generation: int = 0
-    artifact_id: str | None = None
-    vllm_url: str | None = None
-    serving: str | None = None
-    """The model that answers right now; after a failed deployment, the one before it."""
-    first_answer: str | None = None
-    ready_seconds: float | None = None
-    restarts: int = 0
-    error: str | None = None
-    log_tail: str | None = None
-
-
-class Memory(BaseModel):
-    """What survives a restart of the supervisor."""
-
-    wanted: Wanted | None = None
-    proven: Wanted | None = None
-    """The last deployment that answered: what a failed one is rolled back to."""
-    generations: dict[str, int] = {}
-    """Per alias, the newest generation that was accepted."""
-    failed: Report | None = None
-    """The newest deployment, when it could not start and was rolled back."""
 
 
 class StartFailed(ParamparaError):
@@ -89,7 +55,7 @@ class Supervisor:
         self._settings = settings.model_server
         self._home = settings.home.resolve() / "model_server"
         self._home.mkdir(parents=True, exist_ok=True)
-        self._memory = _remember(self._home / "deployment.json")
+        self._memory = remember(self._home / "deployment.json")
         self._changed = asyncio.Event()
         self._stopping = False
         self._engine: Engine | None = None
@@ -110,7 +76,7 @@ class Supervisor:
         return self._home / "vllm.log"
 
     def put(self, wanted: Wanted) -> Report:
-        """Make ``wanted`` the model to serve. The same request again changes nothing.
+        """Make ``wanted`` the model to serve. What vLLM serves already, under this alias or another, is not started again.
 
         Raises:
             WrongState: a newer generation of this alias was already accepted.
@@ -126,8 +92,10 @@ class Supervisor:
         if self._memory.wanted == wanted and self._memory.failed is None:
             return self.report()
         build_command(wanted, self._settings)  # refuses a directory that is no model before anything is stopped
-        generations = {**self._memory.generations, wanted.alias: wanted.generation}
+        before, generations = self._memory.wanted, {**self._memory.generations, wanted.alias: wanted.generation}
         self._store(self._memory.model_copy(update={"wanted": wanted, "generations": generations, "failed": None}))
+        if before is not None and wanted.starts_like(before):
+            return self.report()  # another alias, or the same one again: vLLM serves or loads exactly this already
         self._become("starting", error=None, log_tail=None)
         self._first_answer = self._ready_seconds = None
         self._restarts = 0
@@ -203,7 +171,7 @@ class Supervisor:
             return
         self._first_answer = answer
         self._ready_seconds = round(time.monotonic() - engine.started_at, 2)
-        self._store(self._memory.model_copy(update={"proven": wanted}))
+        self._store(self._memory.model_copy(update={"proven": self._memory.wanted}))
         self._become("ready", error=None, log_tail=None)
         READY.set(1)
         log.info("ready", model=wanted.model_name, seconds=self._ready_seconds)
@@ -233,9 +201,11 @@ class Supervisor:
                 raise StartFailed(f"vLLM was not ready after {wanted.params.ready_timeout_seconds} s.", log_tail=engine.log_tail())
             if await healthy(client, self.url):
                 try:
-                    return await first_answer(client, self.url, wanted.model_name)
+                    answer = await first_answer(client, self.url, wanted.model_name)
                 except UpstreamFailed as error:
                     raise StartFailed(error.message, log_tail=engine.log_tail()) from None
+                # the question takes seconds: what is wanted now may be another model, which this answer says nothing about
+                return None if self._changed.is_set() else answer
             await _first([engine.wait(), self._changed.wait()], seconds=0.25)
         return None
 
@@ -257,9 +227,9 @@ class Supervisor:
         if self._changed.is_set() or self._stopping:
             return
         tail = getattr(error, "log_tail", "")
-        if self._memory.proven != wanted and not isinstance(error, Unavailable):
+        previous = self._memory.proven
+        if not (previous and previous.starts_like(wanted)) and not isinstance(error, Unavailable):
             self._become("failed", error=error.message, log_tail=tail)
-            previous = self._memory.proven
             self._store(self._memory.model_copy(update={"wanted": previous, "failed": self.report()}))
             if previous is not None:
                 log.warning("rolled back", model=previous.model_name, generation=previous.generation)
@@ -278,16 +248,6 @@ class Supervisor:
     def _store(self, memory: Memory) -> None:
         self._memory = memory
         write_atomically(self._home / "deployment.json", memory.model_dump_json(indent=1).encode())
-
-
-def _remember(path: Path) -> Memory:
-    try:
-        return Memory.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return Memory()
-    except ValidationError as error:
-        log.error("the remembered deployment is unreadable; starting empty", path=str(path), error=str(error))
-        return Memory()
 
 
 async def _first(waits: list[Awaitable[object]], *, seconds: float) -> None:
