@@ -4,10 +4,14 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo up down status base test lint format types unit clean
+.PHONY: help setup setup-dev demo up down status base test lint format types unit compose-demo compose-test k8s-check \
+	images image-sizes sbom locks clean
 
 help: ## List these commands
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+IMAGES := control-plane gateway ingestor embedder trainer merger quantizer evaluator deployer model-server:cpu
+
+help: ## List these commands
 
 setup: ## Make the environments (quick when nothing has changed; TORCH=cuda for GPU builds)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -32,6 +36,12 @@ status: ## Show the processes of the running stack
 base: setup ## Pretrain the demo's small base model again
 	@$(BIN)/python examples/kp/pretrain.py $(ARGS)
 
+compose-demo: ## Build the images, start the composed stack and run the demo through its published port; needs Docker
+	@$(PYTHON) scripts/compose_demo.py $(ARGS)
+
+compose-test: setup-dev ## Test the composed stack's failures: wrong settings, full volumes, killed containers; needs Docker
+	@$(BIN)/python -m pytest -m containers tests/containers $(ARGS)
+
 test: setup-dev lint types unit ## Check style, types and imports, and run every test that needs no GPU
 
 lint:
@@ -44,13 +54,32 @@ types:
 	@$(BIN)/pyright
 
 unit:
-	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -m "not gpu and not containers" $(ARGS)
+
+k8s-check: setup-dev ## Render the Kubernetes manifests and check them: schemas, rules, references, the code (needs kustomize or kubectl)
+	@$(BIN)/python scripts/k8s_check.py
+	@$(BIN)/python -m pytest -q tests/deploy/test_k8s.py tests/deploy/test_k8s_code.py tests/deploy/test_k8s_scaling.py
 
 format: setup-dev ## Format the code and sort imports
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+images: ## Build every image of compose.yaml, stamped with the commit
+	@REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) docker compose build $(ARGS)
+
+image-sizes: ## Print what each image adds to its base image, as docker/README.md shows it
+	@$(PYTHON) scripts/image_sizes.py
+
+sbom: ## Write a CycloneDX bill of materials of each built image to sbom/
+	@set -e; for image in $(IMAGES); do \
+		docker build --quiet --file docker/sbom.Dockerfile --build-arg IMAGE=parampara/$$image --target sbom --output sbom/$${image%%:*} .; \
+	done
+	@ls sbom/*/*.cdx.json
+
+locks: setup-dev ## Resolve the images' packages again (docker/**/*.txt); ARGS=--upgrade takes newer versions
+	@$(BIN)/python scripts/locks.py $(ARGS)
+
 clean: ## Remove the environments and caches; the state in .parampara stays
-	rm -rf .venv .venv-vllm .pytest_cache .ruff_cache .hypothesis .import_linter_cache build
+	rm -rf .venv .venv-vllm .venv-client .pytest_cache .ruff_cache .hypothesis .import_linter_cache build
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 	find . -name '*.egg-info' -type d -not -path './.git/*' -prune -exec rm -rf {} +

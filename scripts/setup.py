@@ -1,6 +1,6 @@
 """Make the two environments: ``.venv`` (platform, training, evaluation) and ``.venv-vllm`` (vLLM, which pins older packages).
 
-``python3 scripts/setup.py [--dev] [--only platform|vllm] [--force]``. Needs Python 3.11 or newer with ``venv``, nothing else: no
+``python3 scripts/setup.py [--dev] [--only platform|vllm|client] [--force]``. Needs Python 3.11 or newer with ``venv``, nothing else: no
 compiler, no root. A second call notices that nothing has changed and ends at once; an interrupted one is simply called again.
 
 PyTorch is taken as a CPU build: from where pip finds one by itself (a folder in ``PIP_FIND_LINKS``), else from PyTorch's
@@ -67,11 +67,11 @@ def main() -> int:
         return _fail(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}. Name another one: make setup PYTHON=python3.12")
     began = time.monotonic()
     try:
-        if arguments.only != "platform":
+        if arguments.only in (None, "vllm"):
             require_libnuma()
         with _alone():
-            done = [_platform(arguments)] if arguments.only != "vllm" else []
-            done += [_vllm(arguments)] if arguments.only != "platform" else []
+            make = {"platform": _platform, "vllm": _vllm, "client": _client}
+            done = [make[name](arguments) for name in ([arguments.only] if arguments.only else ["platform", "vllm"])]
     except SetupFailed as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -133,6 +133,24 @@ def _vllm(arguments: argparse.Namespace) -> bool:
     return True
 
 
+def _client(arguments: argparse.Namespace) -> bool:
+    """The `parampara` command alone, for a platform that runs elsewhere: no training stack, no vLLM."""
+    packages = ("shared", "services/standalone")
+    environment = Environment(
+        arguments.client_env, [ROOT / "constraints.txt", *(ROOT / package / "pyproject.toml" for package in packages)]
+    )
+    if environment.is_current(dev=False) and not arguments.force:
+        return False
+    steps = Steps("client", environment.folder, total=3)
+    environment.create(steps, free_bytes=2**30)
+    constraints = ("-c", str(ROOT / "constraints.txt"))
+    environment.pip(steps, "setuptools", *constraints, "setuptools")
+    editable = [word for package in packages for word in ("-e", str(ROOT / package))]
+    environment.pip(steps, "the `parampara` command", *constraints, "--no-build-isolation", *editable)
+    environment.finish(dev=False, torch="none")
+    return True
+
+
 def require_libnuma(name: str = "libnuma.so.1") -> None:
     """vLLM's CPU kernels load this library of the system; said before gigabytes are downloaded, not when the first model starts.
 
@@ -168,14 +186,14 @@ class Environment:
         same = self.stamp.get("hash") == self._hash() and self.stamp.get("wanted") == self.wanted
         return same and (self.stamp.get("dev", False) or not dev) and self.python.exists()
 
-    def create(self, steps: Steps) -> None:
+    def create(self, steps: Steps, *, free_bytes: int = FREE_BYTES) -> None:
         """Make the environment, or keep one that works; from here on it counts as unfinished."""
         with steps.step("environment"):
             (self.folder / STAMP).unlink(missing_ok=True)
             if self._works():
                 return
-            if shutil.disk_usage(ROOT).free < FREE_BYTES:
-                raise SetupFailed(f"At least {FREE_BYTES / 2**30:.0f} GB have to be free on the disk of {ROOT}.")
+            if shutil.disk_usage(ROOT).free < free_bytes:
+                raise SetupFailed(f"At least {free_bytes / 2**30:.0f} GB have to be free on the disk of {ROOT}.")
             try:
                 venv.EnvBuilder(with_pip=True, clear=True, symlinks=True).create(self.folder)
             except (subprocess.CalledProcessError, OSError, ImportError) as error:
@@ -386,9 +404,14 @@ def _alone() -> Iterator[None]:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dev", action="store_true", help="also install the tools for tests and checks")
-    parser.add_argument("--only", choices=["platform", "vllm"], help="make one of the two environments")
+    parser.add_argument(
+        "--only",
+        choices=["platform", "vllm", "client"],
+        help="make one environment; client: the `parampara` command for a platform elsewhere",
+    )
     parser.add_argument("--force", action="store_true", help="install again although nothing has changed")
     parser.add_argument("--platform-env", type=Path, default=ROOT / ".venv", help=argparse.SUPPRESS)
+    parser.add_argument("--client-env", type=Path, default=ROOT / ".venv-client", help=argparse.SUPPRESS)
     parser.add_argument("--vllm-env", type=Path, default=ROOT / ".venv-vllm", help=argparse.SUPPRESS)
     return parser.parse_args()
 

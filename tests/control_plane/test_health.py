@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -66,7 +67,20 @@ def test_metrics_count_requests_by_route_and_jobs_by_state(client: TestClient, r
     assert 'parampara_runs{state="queued"} 1.0' in metrics
     assert 'parampara_jobs{kind="dapt",state="queued"} 1.0' in metrics
     assert 'parampara_jobs{kind="merge",state="waiting"} 2.0' in metrics
+    assert 'parampara_jobs{kind="ingest",state="failed"} 0.0' in metrics
     assert run_id not in metrics
+
+
+def test_metrics_tell_the_room_left_even_without_a_database(plane_settings: Settings) -> None:
+    away = DatabaseSettings(url="postgresql+psycopg://nobody@127.0.0.1:1/none")
+    engine = make_engine(away, application="test")
+    plane_settings.artifacts_dir.mkdir(parents=True)
+    with TestClient(create_app(plane_settings.model_copy(update={"database": away}), make_sessions(engine))) as client:
+        metrics = client.get("/metrics").text
+    engine.dispose()
+    told = dict(re.findall(r'^parampara_disk_(free|size)_bytes\{folder="artifacts"\} (\S+)$', metrics, re.MULTILINE))
+    assert 0 < float(told["free"]) <= float(told["size"])
+    assert "parampara_jobs{" not in metrics
 
 
 def test_the_documentation_describes_every_route(client: TestClient) -> None:

@@ -1,4 +1,4 @@
-"""What the deployment tests compare: the compose files, the Dockerfiles and the settings, each read once."""
+"""What the deployment tests compare: the compose files, the Dockerfiles, the Kubernetes manifests and the settings, each read once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 import yaml
 from pydantic import BaseModel, SecretStr
 
+from k8s_checks import rendering
+from k8s_checks.objects import Object
 from parampara.settings import Settings
 from tests.deploy.deployment_files import ROOT
 
@@ -38,6 +40,14 @@ def compose() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def gpu() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "compose.gpu.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def manifests() -> dict[str, list[Object]]:
+    """What kustomize makes of every overlay and example, by name: ``cpu``, ``single-gpu``..."""
+    if rendering.tool() is None:
+        pytest.skip("neither kustomize nor kubectl is on PATH: no manifest can be rendered")
+    return {target.name: rendering.render(target) for target in rendering.targets()}
 
 
 def _flatten(model: type[BaseModel], prefix: str, given: dict[str, Any]) -> Iterator[Variable]:

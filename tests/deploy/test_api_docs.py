@@ -42,7 +42,7 @@ def test_every_control_plane_route_is_reached_through_the_gateway(routes: set[tu
     assert {path for path in behind if not path.startswith(PREFIXES)} == set()
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/operations.md", "docs/api.md", "docs/architecture.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/operations.md", "docs/api.md", "docs/architecture.md", "docs/deploy.md"])
 def test_documents_call_only_routes_that_exist(document: str, routes: set[tuple[str, str]]) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     known = [re.compile(re.escape(path).replace(re.escape("{}"), r"[^/\s]+")) for path in {path for _, path in routes}]

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tests.deploy.deployment_files import ROOT, instructions
 
 DOCKERFILES = sorted((ROOT / "docker").glob("*/Dockerfile*"))
 SERVICES = sorted(path.name for path in (ROOT / "services").iterdir() if (path / "pyproject.toml").is_file())
-WITHOUT_TORCH = {"control_plane", "gateway", "ingestor", "model_server"}
+SBOM = ROOT / "docker/sbom.Dockerfile"
 
 each_dockerfile = pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: f"{path.parent.name}-{path.name}")
 
@@ -49,35 +50,60 @@ def test_every_final_stage_runs_without_root_and_checks_its_health(dockerfile: P
 
 
 @each_dockerfile
-def test_libraries_are_constrained(dockerfile: Path) -> None:
-    for instruction, rest in instructions(dockerfile):
-        if instruction == "RUN" and re.search(r"install\b(?!.*--no-deps).* -r (?!.*vllm)", rest):
-            assert "-c constraints.txt" in rest, rest
+def test_every_final_stage_has_an_init_that_reaps_and_passes_signals_on(dockerfile: Path) -> None:
+    """Stage processes leave orphans, and not every runtime puts an init of its own before the program."""
+    for name, stage in _final_stages(dockerfile).items():
+        entrypoints = [rest for instruction, rest in stage if instruction == "ENTRYPOINT"]
+        assert entrypoints == ['["tini", "--"]'], name
+        assert ("STOPSIGNAL", "SIGTERM") in stage, name
+    assert re.search(r"install -y --no-install-recommends tini\b", (ROOT / "docker/runtime.sh").read_text(encoding="utf-8"))
 
 
 @each_dockerfile
-def test_torch_is_the_cpu_build_unless_asked_and_the_constrained_version(dockerfile: Path) -> None:
-    text = "\n".join(f"{instruction} {rest}" for instruction, rest in instructions(dockerfile))
-    pinned = re.findall(r"\btorch==(\S+)", text)
-    wanted = re.search(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
-    assert wanted is not None
-    assert set(pinned) <= {wanted[1]}
-    if pinned:
+def test_every_final_stage_says_what_it_is(dockerfile: Path) -> None:
+    version = tomllib.loads((ROOT / "shared/pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    for name, stage in _final_stages(dockerfile).items():
+        arguments = [rest for instruction, rest in stage if instruction == "ARG"]
+        assert {f"VERSION={version}", "REVISION=unknown"} <= set(arguments), name
+        labels = dict(re.findall(r'org\.opencontainers\.image\.(\w+)="([^"]+)"', " ".join(rest for key, rest in stage if key == "LABEL")))
+        assert set(labels) == {"title", "description", "licenses", "version", "revision"}, name
+        assert labels["licenses"] == "Apache-2.0"
+        assert (labels["version"], labels["revision"]) == ("$VERSION", "$REVISION")
+
+
+@each_dockerfile
+def test_libraries_come_from_a_lock_by_hash(dockerfile: Path) -> None:
+    """No resolving in a build: either install.sh does it, or uv with the same options."""
+    for instruction, rest in instructions(dockerfile):
+        if instruction == "RUN" and "install -" in rest and "apt-get" not in rest:
+            assert "uv pip install" in rest, rest
+            for command in re.findall(r"uv pip install[^&|;]*", rest):
+                assert "--no-deps" in command, command
+                assert "--require-hashes" in command or "--build-constraints /build.txt" in command, command
+    script = (ROOT / "docker/install.sh").read_text(encoding="utf-8")
+    assert "install --no-deps" in script
+    assert "libraries) install --require-hashes" in script
+    assert "pip install --no-deps --require-hashes -r /build.txt" in script
+    assert "--no-build-isolation" in script
+
+
+@each_dockerfile
+def test_code_comes_after_libraries(dockerfile: Path) -> None:
+    for name, stage in _final_stages(dockerfile).items():
+        copied = [match[1] for _, rest in stage if (match := re.match(r"--from=(\w+) ", rest))]
+        assert copied[-1] == "code", name
+        assert "libraries" in copied, name
+    for instruction, rest in _stage(dockerfile, "libraries"):
+        assert not (instruction == "COPY" and re.match(r"(shared|services)\b", rest)), "a change of code would install libraries again"
+
+
+@each_dockerfile
+def test_torch_is_the_cpu_build_unless_asked(dockerfile: Path) -> None:
+    text = dockerfile.read_text(encoding="utf-8")
+    if "install.sh torch" in text:
         assert "ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu" in text
-
-
-@pytest.mark.parametrize("service", SERVICES)
-def test_no_service_carries_torch_that_does_not_need_it(service: str) -> None:
-    names = {re.split(r"[<>=\[ ]", name)[0] for name in _dependencies("shared", f"services/{service}")}
-    expected = service not in WITHOUT_TORCH | {"standalone"}
-    assert ("torch" in names) == expected
-
-
-def test_dependencies_leave_out_our_own_packages() -> None:
-    names = _dependencies("shared", "services/gateway")
-    assert any(name.startswith("aiohttp") for name in names)
-    assert any(name.startswith("sqlalchemy") for name in names)
-    assert not any(name.startswith("parampara") for name in names)
+    if "VARIANT" in text:
+        assert ("ARG", "VARIANT=cpu") in instructions(dockerfile)
 
 
 @pytest.mark.parametrize("service", sorted(set(SERVICES) - {"standalone"}))
@@ -93,19 +119,24 @@ def test_the_health_check_tells_a_good_answer_from_a_bad_one() -> None:
     assert "127.0.0.1:9" in result.stdout
 
 
-def _dependencies(*folders: str) -> list[str]:
-    command = [sys.executable, ROOT / "docker/dependencies.py", *folders]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
+def test_the_bill_of_materials_covers_both_environments() -> None:
+    assert "for environment in /opt/venv /opt/vllm;" in (ROOT / "docker/sbom.sh").read_text(encoding="utf-8")
+    assert [rest for instruction, rest in instructions(SBOM) if instruction == "FROM"][-1] == "scratch AS sbom"
+    for source in _copied(SBOM):
+        assert (ROOT / source).exists(), source
+        assert _in_context(source), source
 
 
 def _copied(dockerfile: Path) -> list[str]:
-    """Sources of COPY that come from the build context."""
+    """Sources of COPY and of bind mounts that come from the build context, for each variant of the image."""
     sources = []
     for instruction, rest in instructions(dockerfile):
         words = shlex.split(rest)
         if instruction == "COPY" and not any(word.startswith("--from") for word in words):
             sources += [word.rstrip("/") for word in words[:-1] if not word.startswith("--")]
-    return sources
+        if instruction == "RUN":
+            sources += re.findall(r"type=bind,source=([\w./]+)", rest)
+    return [source.replace("${VARIANT}", variant) for source in sources for variant in ("cpu", "cuda")]
 
 
 def _final_stages(dockerfile: Path) -> dict[str, list[tuple[str, str]]]:
@@ -118,11 +149,21 @@ def _final_stages(dockerfile: Path) -> dict[str, list[tuple[str, str]]]:
         if instruction == "FROM":
             name = words[2] if len(words) == 3 else f"stage {len(stages)}"
             stages[name] = []
-            used.add(words[0])
+            used |= {words[0].replace("${VARIANT}", variant) for variant in ("cpu", "cuda")}
         elif name:
             stages[name].append((instruction, rest))
         used |= {word.removeprefix("--from=") for word in words if word.startswith("--from=")}
     return {name: stage for name, stage in stages.items() if name not in used}
+
+
+def _stage(dockerfile: Path, wanted: str) -> list[tuple[str, str]]:
+    """Instructions of the stage called ``wanted``."""
+    found: list[tuple[str, str]] = []
+    name = ""
+    for instruction, rest in instructions(dockerfile):
+        name = rest.split()[-1] if instruction == "FROM" else name
+        found += [(instruction, rest)] if name == wanted else []
+    return found
 
 
 def _in_context(source: str) -> bool:

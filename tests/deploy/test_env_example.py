@@ -59,8 +59,8 @@ def test_copying_the_file_sets_only_what_has_no_default() -> None:
 
 
 def test_compose_variables_are_documented_and_documented_ones_are_used() -> None:
-    used = {"OMP_NUM_THREADS"}
-    for file in ("compose.yaml", "compose.gpu.yaml"):
+    used = {"OMP_NUM_THREADS", "COMPOSE_FILE", "COMPOSE_PROFILES"}
+    for file in ("compose.yaml", "compose.gpu.yaml", "docker/monitoring/grafana.env"):
         used |= {name for name, _, _ in substitutions((ROOT / file).read_text(encoding="utf-8"))}
     known = {name for name in documented() if not name.startswith("PARAMPARA_")}
     assert known == {name for name in used if not name.startswith("PARAMPARA_")}

@@ -48,6 +48,32 @@ def test_a_new_column_waits_at_most_five_seconds_for_its_lock(database_url: str,
             migrate.downgrade(database_url, "base")
 
 
+def test_what_is_missing_is_told_until_the_schema_is_there(database_url: str) -> None:
+    assert migrate.missing(database_url) is None
+    migrate.downgrade(database_url, "base")
+    assert "the schema is at None" in str(migrate.missing(database_url))
+    assert "does not answer" in str(migrate.missing("postgresql+psycopg://x@127.0.0.1:9/x"))
+
+
+def test_a_newer_schema_keeps_nobody_waiting(database_url: str) -> None:
+    """An older version that is started again while a newer one is rolled out works on instead of waiting for ever."""
+    with psycopg.connect(database_url.replace("+psycopg", "")) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    assert migrate.missing(database_url) is None
+
+
+def test_waiting_ends_when_another_process_has_migrated(database_url: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(migrate, "_WAIT_SECONDS", 0.02)
+    migrate.downgrade(database_url, "base")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(migrate.main, ["--wait", database_url])
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.3)
+        migrate.upgrade(database_url)
+        assert waiting.result(timeout=10) == 0
+    assert capsys.readouterr().err.count("the schema is at None") == 1, "said once, not every two seconds"
+
+
 def test_null_json_is_sql_null(sessions: sessionmaker[Session]) -> None:
     with sessions() as session, session.begin():
         session.add(Run(id="run_1", name="n", recipe={}, datasets={}, error=None))

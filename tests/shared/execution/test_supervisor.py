@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from prometheus_client import REGISTRY
 from sqlalchemy import func, select, update
 
 from parampara.db.models import Artifact, Attempt, Event, Job
@@ -98,6 +99,14 @@ def test_a_stage_that_ignores_sigterm_is_killed(queue: Any) -> None:
     assert outcome == ["cancelled"]
     assert attempts(queue, job_id)[0].exit_code == -9
     assert not psutil.pid_exists(pid)
+
+
+def test_an_idle_worker_tells_no_growing_heartbeat_age(queue: Any) -> None:
+    """An alert on the age would go off some time after every job."""
+    queue.enqueue(steps=1)
+    assert queue.run(queue.claimed()) == "succeeded"
+    time.sleep(0.01)
+    assert REGISTRY.get_sample_value("parampara_heartbeat_age_seconds") == 0
 
 
 def test_a_stopping_worker_gives_the_job_back_and_the_next_attempt_resumes(queue: Any) -> None:

@@ -1,4 +1,4 @@
-"""Brings a database to the newest schema: ``python -m parampara.db.migrate [URL]``.
+"""Brings a database to the newest schema: ``python -m parampara.db.migrate [URL]``; with ``--wait``, waits until another process has.
 
 Safe to call from several processes at once: an advisory lock lets one of them migrate while the others wait, and they then
 find nothing to do. A statement that cannot get its table lock within five seconds gives up instead of blocking traffic.
@@ -6,8 +6,10 @@ find nothing to do. A statement that cannot get its table lock within five secon
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from parampara.db.models import Base
@@ -23,6 +27,8 @@ from parampara.settings import get_settings
 
 LOCK_TIMEOUT = "5s"
 _ADVISORY_LOCK = 0x70617261  # "para"
+_SCRIPTS = Path(__file__).with_name("migrations")
+_WAIT_SECONDS = 2.0
 
 
 def upgrade(url: str, revision: str = "head") -> None:
@@ -45,6 +51,24 @@ def downgrade(url: str, revision: str) -> None:
         connection.commit()
 
 
+def missing(url: str) -> str | None:
+    """Why code of this version cannot work on the database yet; None once it can.
+
+    A revision that this version does not know is a newer one: it never keeps anybody waiting.
+    """
+    engine = create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": 5})
+    try:
+        with engine.connect() as connection:
+            revision = MigrationContext.configure(connection).get_current_revision()
+    except SQLAlchemyError as error:
+        return f"the database does not answer: {str(error).splitlines()[0]}"
+    scripts = ScriptDirectory(str(_SCRIPTS))
+    older = {script.revision for script in scripts.walk_revisions()} - {scripts.get_current_head()}
+    if revision is None or revision in older:
+        return f"the schema is at {revision}, {scripts.get_current_head()} is needed"
+    return None
+
+
 def drift(connection: Connection) -> list[object]:
     """What ``Base.metadata`` has that the database has not, and the other way round; empty when they agree."""
     context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
@@ -64,11 +88,29 @@ def _locked(url: str) -> Iterator[Connection]:
 
 def _config(connection: Connection) -> Config:
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
+    config.set_main_option("script_location", str(_SCRIPTS))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     return config
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m parampara.db.migrate", description="Bring the database to the newest schema.")
+    parser.add_argument("url", nargs="?", help="the database (PARAMPARA_DATABASE__URL)")
+    parser.add_argument("--wait", action="store_true", help="change nothing: return once another process has brought the schema up to date")
+    given = parser.parse_args(arguments)
+    url = given.url or get_settings().database.url
+    if not given.wait:
+        upgrade(url)
+        return 0
+    told = None
+    while (reason := missing(url)) is not None:
+        if reason != told:
+            print(f"waiting: {reason}", file=sys.stderr, flush=True)
+            told = reason
+        time.sleep(_WAIT_SECONDS)
+    return 0
+
+
 if __name__ == "__main__":
-    upgrade(sys.argv[1] if len(sys.argv) > 1 else get_settings().database.url)
+    sys.exit(main())

@@ -44,6 +44,7 @@ class LeaseKeeper:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._done.set()
         self._thread.join()
+        HEARTBEAT_AGE.set_function(lambda: 0.0)  # an idle worker holds no lease that could run out
 
     @property
     def gone(self) -> bool:

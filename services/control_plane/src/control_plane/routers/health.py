@@ -27,5 +27,5 @@ def readyz(sessions: SessionsDep, settings: SettingsDep, response: Response) -> 
 
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
-def metrics(sessions: SessionsDep) -> Response:
-    return Response(generate_latest() + health.gauges(sessions), media_type=CONTENT_TYPE_LATEST)
+def metrics(sessions: SessionsDep, settings: SettingsDep) -> Response:
+    return Response(generate_latest() + health.gauges(sessions, settings), media_type=CONTENT_TYPE_LATEST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from parampara.db import migrate
 from parampara.db.models import JOB_STATES, RUN_STATES, Job, Outbox, Run
 from parampara.db.session import transaction
+from parampara.plan import QUEUES
 from parampara.schemas.api import Check, Readiness
 from parampara.settings import Settings
 
@@ -27,8 +29,30 @@ def readiness(sessions: sessionmaker[Session], settings: Settings) -> Readiness:
     return Readiness(status="not_ready" if failed else "ready", checks=checks)
 
 
-def gauges(sessions: sessionmaker[Session]) -> bytes:
-    """Runs, jobs and unsent doorbells by state, in Prometheus' text form; nothing while the database is away."""
+def gauges(sessions: sessionmaker[Session], settings: Settings) -> bytes:
+    """Disk space, runs, jobs and unsent doorbells, in Prometheus' text form; only disk space while the database is away."""
+    return _disks(settings) + _rows(sessions)
+
+
+@lru_cache
+def newest_revision() -> str | None:
+    return ScriptDirectory(str(Path(migrate.__file__).with_name("migrations"))).get_current_head()
+
+
+def _disks(settings: Settings) -> bytes:
+    """Folders may lie on disks of their own: each is told."""
+    registry = CollectorRegistry()
+    free = Gauge("parampara_disk_free_bytes", "Bytes that may still be written, by folder of the home.", ["folder"], registry=registry)
+    size = Gauge("parampara_disk_size_bytes", "Size of the disk, by folder of the home.", ["folder"], registry=registry)
+    for folder in (settings.artifacts_dir, settings.files_dir, settings.work_dir):
+        if folder.is_dir():
+            usage = shutil.disk_usage(folder)
+            free.labels(folder.name).set(usage.free)
+            size.labels(folder.name).set(usage.total)
+    return generate_latest(registry)
+
+
+def _rows(sessions: sessionmaker[Session]) -> bytes:
     registry = CollectorRegistry()
     runs = Gauge("parampara_runs", "Runs by state.", ["state"], registry=registry)
     jobs = Gauge("parampara_jobs", "Jobs by kind and state.", ["kind", "state"], registry=registry)
@@ -42,17 +66,12 @@ def gauges(sessions: sessionmaker[Session]) -> bytes:
         return b""
     for state in RUN_STATES:
         runs.labels(state).set(by_state.get(state, 0))
-    for kind in {kind for kind, _, _ in by_kind}:
+    for kind in QUEUES:  # a count that first shows when it is 1 is no rise that an alert could see
         for state in JOB_STATES:
             jobs.labels(kind, state).set(0)
     for kind, state, count in by_kind:
         jobs.labels(kind, state).set(count)
     return generate_latest(registry)
-
-
-@lru_cache
-def newest_revision() -> str | None:
-    return ScriptDirectory(str(Path(migrate.__file__).with_name("migrations"))).get_current_head()
 
 
 def _database(sessions: sessionmaker[Session]) -> Check:
