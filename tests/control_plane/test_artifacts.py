@@ -95,13 +95,44 @@ def test_an_artifact_that_has_no_model_yet_is_registered(
     client: TestClient, finished: dict[str, Any], sessions: sessionmaker[Session]
 ) -> None:
     artifact_id = _artifact(finished, "merge")
-    answer = client.post("/v1/deployments", json={"artifact_id": artifact_id, "alias": "merged"})
+    answer = client.post("/v1/deployments", json={"artifact_id": artifact_id, "alias": "merged", "replace": True})
     assert answer.status_code == 202, answer.text
     assert answer.json()["model"] == f"ft:tiny-llama:parampara:expert:{artifact_id[7:19]}"
     by_model = client.post("/v1/deployments", json={"artifact_id": _artifact(finished, "quantize"), "alias": "kp"}).json()
     assert by_model["model"] == finished["model"]
     with transaction(sessions) as session:
         assert session.get_one(Model, answer.json()["model"]).run_id == finished["id"]
+
+
+def test_a_second_alias_takes_the_model_server_only_when_told_to_and_the_first_is_then_served_no_more(
+    client: TestClient, finished: dict[str, Any], run_body: dict[str, Any], sessions: sessionmaker[Session], plane_settings: Settings
+) -> None:
+    body = {"artifact_id": _artifact(finished, "merge"), "alias": "second"}
+    run_body["recipe"]["stages"]["deploy"]["alias"] = "second"
+    for refused in (client.post("/v1/deployments", json=body), client.post("/v1/runs", json=run_body)):
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"], error["param"]) == (400, "model_server_taken", "replace")
+        assert "'kp'" in error["message"]
+        assert finished["model"] in error["message"]
+    run_body["recipe"]["stages"]["deploy"]["replace"] = True
+    assert client.post("/v1/runs", json=run_body).status_code == 202
+    made = client.post("/v1/deployments", json={**body, "replace": True})
+    assert made.status_code == 202, made.text
+    _deploy_next(sessions, plane_settings)
+    served = {item["id"]: item["model"] for item in client.get("/v1/aliases").json()["data"]}
+    assert served == {"kp": None, "second": made.json()["model"]}
+    assert [item["status"] for item in client.get("/v1/deployments?alias=kp").json()["data"]] == ["superseded"]
+    assert client.post("/v1/aliases/kp/rollback").json()["error"]["code"] == "model_server_taken"
+    back = client.post("/v1/aliases/kp/rollback?replace=true")
+    assert (back.status_code, back.json()["model"]) == (202, finished["model"])
+    _deploy_next(sessions, plane_settings)
+    assert client.get("/v1/aliases/second").json()["model"] is None
+
+
+def _deploy_next(sessions: sessionmaker[Session], settings: Settings) -> None:
+    claim = claim_next(sessions, "deploy")
+    assert claim is not None
+    finish(sessions, settings, claim)
 
 
 def test_rollback_deploys_the_model_before(

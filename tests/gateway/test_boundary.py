@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import select
 
 from gateway.passthrough import PREFIXES
-from parampara.db.models import Alias, ApiKey, Model
+from parampara.db.models import Alias, ApiKey, Deployment, Model
 from parampara.keys import new_key
 from tests.gateway.conftest import ARTIFACT, MODEL, Running, add_key
 from tests.gateway.servers import wait_until
@@ -84,12 +84,17 @@ def test_a_new_alias_works_at_once_and_a_deploying_one_is_a_503(start_gateway: C
     time.sleep(0.3)
     with gateway.sessions.begin() as session:
         session.add(Alias(name="new", model=MODEL, url=gateway.script.url, generation=1, active_generation=1))
-        session.add(Alias(name="soon", generation=1))
+        session.add_all([Alias(name="soon", generation=1), Alias(name="failed", generation=1)])
         session.add(Model(id="ft:other", base_model="tiny-llama", artifact_id=ARTIFACT))
+        session.flush()
+        deployment = {"model": MODEL, "artifact_id": ARTIFACT, "generation": 1}
+        session.add(Deployment(id="dep_1", alias="soon", status="starting", **deployment))
+        session.add(Deployment(id="dep_2", alias="failed", status="failed", **deployment))
     assert gateway.ask(model="new").status_code == 200
     starting = gateway.ask(model="soon")
     assert (starting.status_code, starting.json()["error"]["code"]) == (503, "model_starting")
-    assert gateway.ask(model="ft:other").json()["error"]["code"] == "model_not_found"
+    for never in ("failed", "ft:other"):  # waiting for it would be in vain
+        assert gateway.ask(model=never).json()["error"]["code"] == "model_not_found"
     assert gateway.http.get("/v1/models/ft:other").json()["parampara"]["served"] is False
 
 

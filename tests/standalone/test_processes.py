@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from standalone.ports import free_port
 from standalone.processes import Child, Spec, created_at, end_leftovers, tail
+from tests.conftest import free_port
 
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
 
@@ -109,7 +109,6 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     code = f"""
 import sys, time
 from pathlib import Path
-from standalone.ports import free_port
 from standalone.processes import Child, Spec
 spec = Spec("c", [sys.executable, "-c", "import time; time.sleep(600)"], lambda: True)
 child = Child(spec, log=Path({str(tmp_path / "logs" / "c.log")!r}))

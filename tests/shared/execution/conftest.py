@@ -105,5 +105,5 @@ class Queue:
 
 @pytest.fixture
 def queue(settings: Settings, sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch) -> Queue:
-    monkeypatch.setenv("PYTHONPATH", str(STAGES))
+    monkeypatch.setenv("PYTHONPATH", str(STAGES), prepend=os.pathsep)
     return Queue(settings, sessions)

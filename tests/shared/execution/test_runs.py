@@ -97,6 +97,18 @@ def test_a_damaged_artifact_is_not_reused_but_made_again(queue: Any) -> None:
     storage.verify(queue.jobs(first)["dapt"].artifact_id)  # equal content: healed in place
 
 
+def test_a_run_does_not_take_the_model_server_from_an_alias_that_came_meanwhile(queue: Any) -> None:
+    first = queue.start_run()
+    second = queue.start_run(deploy="other")
+    third = queue.start_run(deploy={"alias": "third", "replace": True})
+    queue.work()
+    assert (queue.the_run(first).state, queue.the_run(third).state) == ("succeeded", "succeeded")
+    assert (queue.the_run(second).state, queue.jobs(second)["deploy"].error["code"]) == ("failed", "model_server_taken")
+    with queue.sessions() as session:
+        served = {alias.name: alias.model for alias in session.scalars(select(Alias))}
+    assert served == {"kp": None, "third": queue.the_run(third).model}
+
+
 def test_held_by_a_gate_succeeds_without_deploying(queue: Any) -> None:
     run_id = queue.start_run(gates=[{"metric": "half", "min": 0.9, "action": "hold"}])
     queue.work()

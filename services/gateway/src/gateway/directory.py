@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from gateway.database import Database
 from gateway.metrics import SNAPSHOT_AGE
-from parampara.db.models import Alias, ApiKey, Model, Run, VectorStore
+from parampara.db.models import Alias, ApiKey, Deployment, Model, Run, VectorStore
 from parampara.errors import NotFound, Unauthorized, Unavailable
 from parampara.keys import Principal, bearer, hash_key, lookup, well_formed
 from parampara.settings import GatewaySettings
@@ -213,13 +213,14 @@ def _read(session: Session, *, default_url: str) -> tuple[dict[str, Principal], 
     }
     live = select(VectorStore.id).where(VectorStore.deleted_at.is_(None))
     stores = set(session.scalars(live.where(VectorStore.id.in_(select(Alias.vector_store_id)))))
+    deploying = set(session.scalars(select(Deployment.alias).where(Deployment.status.in_(("pending", "starting")))))
     aliases = {
         row.name: AliasEntry(
             name=row.name,
             model=row.model,
             url=(row.url or default_url).rstrip("/"),
             vector_store_id=row.vector_store_id if row.vector_store_id in stores else None,
-            deploying=row.generation > row.active_generation,
+            deploying=row.name in deploying,
             updated_at=int(row.updated_at.timestamp()),
         )
         for row in session.scalars(select(Alias))

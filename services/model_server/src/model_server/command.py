@@ -37,7 +37,7 @@ class Wanted(BaseModel):
 
     def starts_like(self, other: Wanted) -> bool:
         """Whether vLLM is started the same way for both: they differ only in who asked and how long that one waits."""
-        asker: Any = {"alias": True, "generation": True, "params": {"alias", "ready_timeout_seconds"}}
+        asker: Any = {"alias": True, "generation": True, "params": {"alias", "ready_timeout_seconds", "replace"}}
         return self.model_dump(exclude=asker) == other.model_dump(exclude=asker)
 
 

@@ -23,6 +23,7 @@ from model_server.engine import Engine, require_free_port
 from model_server.failure import reason
 from model_server.memory import Memory, Report, Status, remember
 from model_server.probe import first_answer, healthy
+from parampara.addresses import local_url
 from parampara.errors import ParamparaError, Unavailable, UpstreamFailed, WrongState
 from parampara.settings import Settings
 from parampara.storage import write_atomically
@@ -68,8 +69,7 @@ class Supervisor:
 
     @property
     def url(self) -> str:
-        host = "127.0.0.1" if self._settings.vllm_host in ("0.0.0.0", "::") else self._settings.vllm_host
-        return f"http://{host}:{self._settings.vllm_port}"
+        return local_url(self._settings.vllm_host, self._settings.vllm_port)
 
     @property
     def log_file(self) -> Path:

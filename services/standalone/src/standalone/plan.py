@@ -7,11 +7,11 @@ import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from parampara.settings import Settings
 from standalone.places import Places, vllm_command, vllm_on_cpu
-from standalone.ports import free_port
+from standalone.ports import Claims, Endpoint, free_port
 from standalone.processes import Spec
 
 WORKERS = {
@@ -27,7 +27,7 @@ _MAX_THREADS = 8
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def platform_environment(places: Places, settings: Settings, *, ports: dict[str, int], database: str, redis: str) -> dict[str, str]:
+def platform_environment(places: Places, settings: Settings, *, at: Mapping[str, Endpoint], database: str, redis: str) -> dict[str, str]:
     """The ``PARAMPARA_*`` settings that tie the services to each other. What the user set stays as set."""
     models = {"tiny-llama": str(places.base_model), **settings.base_models}
     computed = {
@@ -35,15 +35,15 @@ def platform_environment(places: Places, settings: Settings, *, ports: dict[str,
         "PARAMPARA_BASE_MODELS": json.dumps(models),
         "PARAMPARA_DATABASE__URL": database,
         "PARAMPARA_REDIS__URL": redis,
-        "PARAMPARA_GATEWAY__PORT": str(ports["gateway"]),
-        "PARAMPARA_GATEWAY__CONTROL_PLANE_URL": f"http://127.0.0.1:{ports['control_plane']}",
-        "PARAMPARA_GATEWAY__MODEL_URL": f"http://127.0.0.1:{ports['vllm']}",
-        "PARAMPARA_GATEWAY__EMBEDDER_URL": f"http://127.0.0.1:{ports['embedder']}",
-        "PARAMPARA_CONTROL_PLANE__PORT": str(ports["control_plane"]),
-        "PARAMPARA_EMBEDDER__PORT": str(ports["embedder"]),
-        "PARAMPARA_MODEL_SERVER__PORT": str(ports["model_server"]),
-        "PARAMPARA_MODEL_SERVER__VLLM_PORT": str(ports["vllm"]),
-        "PARAMPARA_MODEL_SERVER__URL": f"http://127.0.0.1:{ports['model_server']}",
+        "PARAMPARA_GATEWAY__PORT": str(at["gateway"].port),
+        "PARAMPARA_GATEWAY__CONTROL_PLANE_URL": at["control_plane"].url,
+        "PARAMPARA_GATEWAY__MODEL_URL": at["vllm"].url,
+        "PARAMPARA_GATEWAY__EMBEDDER_URL": at["embedder"].url,
+        "PARAMPARA_CONTROL_PLANE__PORT": str(at["control_plane"].port),
+        "PARAMPARA_EMBEDDER__PORT": str(at["embedder"].port),
+        "PARAMPARA_MODEL_SERVER__PORT": str(at["model_server"].port),
+        "PARAMPARA_MODEL_SERVER__VLLM_PORT": str(at["vllm"].port),
+        "PARAMPARA_MODEL_SERVER__URL": at["model_server"].url,
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -58,15 +58,15 @@ def platform_environment(places: Places, settings: Settings, *, ports: dict[str,
     return {**{key: value for key, value in defaults.items() if key not in os.environ}, **computed}
 
 
-def services(ports: dict[str, int]) -> list[Spec]:
+def services(at: Mapping[str, Endpoint], claims: Claims) -> list[Spec]:
     """The platform's own processes; Postgres and Redis have to be up before."""
     http = [
-        _http("control_plane", ports["control_plane"], threads=1),
-        _http("gateway", ports["gateway"], threads=1),
-        _http("embedder", ports["embedder"], threads=min(2, _threads())),
-        _http("model_server", ports["model_server"], threads=1, stop_seconds=60),
+        _http(at["control_plane"], threads=1),
+        _http(at["gateway"], threads=1),
+        _http(at["embedder"], threads=min(2, _threads())),
+        _http(at["model_server"], threads=1, stop_seconds=60),
     ]
-    return [*http, *(_worker(queue, service) for queue, service in WORKERS.items())]
+    return [*http, *(_worker(queue, service, free_port(claims)) for queue, service in WORKERS.items())]
 
 
 def answers(url: str) -> Callable[[], bool]:
@@ -82,20 +82,19 @@ def answers(url: str) -> Callable[[], bool]:
     return probe
 
 
-def _http(name: str, port: int, *, threads: int, stop_seconds: float = 20) -> Spec:
+def _http(at: Endpoint, *, threads: int, stop_seconds: float = 20) -> Spec:
     return Spec(
-        name,
-        [sys.executable, "-m", name, "serve"],
-        answers(f"http://127.0.0.1:{port}/readyz"),
+        at.service,
+        [sys.executable, "-m", at.service, "serve"],
+        answers(f"{at.url}/readyz"),
         environment=_thread_limits(threads),
-        where=f"http://127.0.0.1:{port}",
-        port=port,
+        where=at.url,
+        port=at.port,
         stop_seconds=stop_seconds,
     )
 
 
-def _worker(queue: str, service: str) -> Spec:
-    port = free_port()
+def _worker(queue: str, service: str, port: int) -> Spec:
     return Spec(
         f"worker-{queue}",
         [sys.executable, "-m", service, "worker"],

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import redis
 
-from standalone.ports import free_port
+from standalone.ports import Claims, free_port
 from standalone.processes import Spec
 
 
 class EmbeddedRedis:
     """Data, password and configuration lie in ``home/redis``. The port is any free one: only the stack itself uses it."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, claims: Claims) -> None:
         self._folder = home / "redis"
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._password = _secret(self._folder / "password")
-        self._port = free_port()
+        self._port = free_port(claims)
 
     @property
     def url(self) -> str:

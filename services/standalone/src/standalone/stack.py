@@ -20,7 +20,7 @@ from parampara.settings import Settings
 from standalone import state
 from standalone.places import Places
 from standalone.plan import platform_environment, services
-from standalone.ports import choose, wishes
+from standalone.ports import Claims, Endpoint, choose, endpoints
 from standalone.postgres import EmbeddedPostgres
 from standalone.processes import Child, Spec, created_at, end_leftovers, tail
 from standalone.redis_server import EmbeddedRedis
@@ -56,7 +56,8 @@ class Stack:
         self._display = display
         self._auto_ports = auto_ports
         self._children: list[Child] = []
-        self._ports: dict[str, int] = {}
+        self._claims = Claims()
+        self._at: dict[str, Endpoint] = {}
         self._status = "starting"
         self._interrupted = False
 
@@ -79,6 +80,7 @@ class Stack:
                 self._display.note("stopping")
             finally:
                 self._stop()
+                self._claims.close()
 
     def _start(self) -> None:
         places = self._places
@@ -89,11 +91,11 @@ class Stack:
         # the home as the services will see it, whatever the caller's working directory
         os.environ["PARAMPARA_HOME"] = str(places.home)
         settings = Settings()
-        self._ports = choose(wishes(settings), auto=self._auto_ports)
+        self._at = choose(endpoints(settings), self._claims, auto=self._auto_ports)
         database, redis = self._start_servers()
-        environment = platform_environment(places, settings, ports=self._ports, database=database, redis=redis)
+        environment = platform_environment(places, settings, at=self._at, database=database, redis=redis)
         self._migrate(database, environment)
-        specs = services(self._ports)
+        specs = services(self._at, self._claims)
         self._children += [Child(_with(spec, environment), log=places.logs / f"{spec.name}.log") for spec in specs]
         self._bring_up([child for child in self._children if child.state == "waiting"])
 
@@ -108,7 +110,7 @@ class Stack:
             self._children.append(Child(postgres.spec(), log=self._places.logs / "postgres.log"))
             database = postgres.url
         if redis is None:
-            embedded = EmbeddedRedis(self._places.home)
+            embedded = EmbeddedRedis(self._places.home, self._claims)
             self._children.append(Child(embedded.spec(), log=self._places.logs / "redis.log"))
             redis = embedded.url
         self._bring_up(self._children)
@@ -177,8 +179,8 @@ class Stack:
         return state.StackState(
             pid=os.getpid(),
             status=self._status,
-            gateway_url=f"http://127.0.0.1:{self._ports.get('gateway', 0)}",
-            ports=self._ports,
+            gateway_url=self._at["gateway"].url if self._at else "",
+            ports={name: endpoint.port for name, endpoint in self._at.items()},
             processes=state.records(self._children, created_at),
         )
 

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from parampara import base_models
 from parampara.db.models import Alias, Chunk, Deployment, Job, Model, Run, VectorStore, VectorStoreFile, new_id
-from parampara.errors import InvalidData
+from parampara.errors import InvalidData, WrongState
 from parampara.execution.events import job_event
 from parampara.settings import Settings
 
@@ -58,12 +58,39 @@ def on_retry(session: Session, job: Job) -> None:
         session.execute(ended.values(status="in_progress", last_error=None))
 
 
+def refuse_displacing(session: Session, alias: str, *, model: str | None, replace: bool) -> None:
+    """The model server holds one model: a deployment that would end the service of another alias has to say so.
+
+    ``model`` None: one that is still to be made.
+
+    Raises:
+        WrongState: another alias serves another model and ``replace`` is false; names both and the way out.
+    """
+    if replace:
+        return
+    query = select(Alias.name, Alias.model).where(Alias.name != alias, Alias.model.is_not(None)).order_by(Alias.name)
+    for name, served in session.execute(query if model is None else query.where(Alias.model != model)):
+        raise WrongState(
+            f"Alias {name!r} serves {served!r}, and the model server holds one model: deploying under {alias!r} would end that. "
+            f'To take it out of service say "replace": true (POST /v1/deployments; in a recipe stages.deploy.replace), '
+            f"or deploy under {name!r}.",
+            param="replace",
+            code="model_server_taken",
+        )
+
+
 def open_deployment(session: Session, job: Job, *, model: str, artifact_id: str) -> Deployment:
-    """The deployment row that a deploy job works on: its own open one, or a new one under the alias's next generation."""
+    """The deployment row that a deploy job works on: its own open one, or a new one under the alias's next generation.
+
+    Raises:
+        WrongState: see :func:`refuse_displacing`.
+    """
+    params = job.spec["params"]
+    refuse_displacing(session, params["alias"], model=model, replace=params.get("replace", False))
     query = select(Deployment).where(Deployment.job_id == job.id, Deployment.status.in_(("pending", "starting")))
     deployment = session.scalars(query.order_by(Deployment.generation.desc()).limit(1).with_for_update()).one_or_none()
     if deployment is None:
-        alias = job.spec["params"]["alias"]
+        alias = params["alias"]
         session.execute(postgresql.insert(Alias).values(name=alias).on_conflict_do_nothing())
         generation = session.execute(
             update(Alias).where(Alias.name == alias).values(generation=Alias.generation + 1).returning(Alias.generation)
@@ -106,6 +133,7 @@ def _shown(gate: dict[str, Any]) -> str:
 
 
 def _flip_alias(session: Session, job: Job) -> None:
+    session.execute(select(Alias.name).order_by(Alias.name).with_for_update())  # in one order: two flips may not wait for each other
     query = select(Deployment).where(Deployment.job_id == job.id, Deployment.status == "starting").with_for_update()
     deployment = session.scalars(query).one()
     deployment.url = (job.result or {})["url"]
@@ -124,6 +152,16 @@ def _flip_alias(session: Session, job: Job) -> None:
     same_alias = (Deployment.alias == deployment.alias, Deployment.generation < deployment.generation, Deployment.status == "ready")
     session.execute(update(Deployment).where(*same_alias).values(status="superseded"))
     job_event(session, job, f"alias {deployment.alias} now serves {deployment.model}", generation=deployment.generation)
+    _end_displaced(session, job, deployment)
+
+
+def _end_displaced(session: Session, job: Job, deployment: Deployment) -> None:
+    """What other aliases served on this server it no longer holds; they point nowhere rather than at a model that never answers."""
+    displaced = (Alias.url == deployment.url, Alias.name != deployment.alias, Alias.model != deployment.model)
+    for name, model in session.execute(select(Alias.name, Alias.model).where(*displaced)).tuples().all():
+        session.execute(update(Alias).where(Alias.name == name).values(model=None, url=None, updated_at=func.now()))
+        session.execute(update(Deployment).where(Deployment.alias == name, Deployment.status == "ready").values(status="superseded"))
+        job_event(session, job, f"alias {name} no longer serves {model}: the model server was given to {deployment.alias}", level="warn")
 
 
 def _take_chunks(session: Session, job: Job, output: Path | None) -> None:

@@ -277,7 +277,9 @@ class DeploymentCreate(Request):
     model: Annotated[str, Field(max_length=300)] | None = None
     alias: AliasName
     params: DeployParams | None = None
-    """How vLLM is started; its ``alias`` is taken from ``alias`` above."""
+    """How vLLM is started; its ``alias`` and ``replace`` are taken from those of this body."""
+    replace: bool = False
+    """Take the model server from other aliases that serve another model; without it such a request is refused."""
 
     @model_validator(mode="after")
     def _one_source(self) -> DeploymentCreate:

@@ -308,6 +308,8 @@ class DeployParams(Strict):
     quantization: Literal["bitsandbytes", "compressed-tensors"] | None = None
     """None: read from the checkpoint's own ``quantization_config``."""
     ready_timeout_seconds: Annotated[int, Field(ge=10, le=7200)] = 900
+    replace: bool = False
+    """Take the model server from other aliases that serve another model: it holds one, so they are served no more."""
 
 
 class DeployResult(Strict):

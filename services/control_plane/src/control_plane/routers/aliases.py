@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
 
 from control_plane.dependencies import SessionDep, requires
 from control_plane.services import aliases, deployments
@@ -29,8 +31,13 @@ def update_alias(session: SessionDep, name: str, body: AliasUpdate) -> AliasObje
 
 
 @router.post("/{name}/rollback", status_code=202, summary="Go back to the model before")
-def rollback(request: Request, session: SessionDep, name: str) -> DeploymentObject:
+def rollback(
+    request: Request,
+    session: SessionDep,
+    name: str,
+    replace: Annotated[bool, Query(description="Take the model server from other aliases that serve another model.")] = False,
+) -> DeploymentObject:
     """Deploys what the alias served before its present model, the same way as any deployment."""
-    deployment = deployments.rollback(session, name)
+    deployment = deployments.rollback(session, name, replace=replace)
     after_commit(session, request.app.state.ringer.ring_soon)
     return deployment

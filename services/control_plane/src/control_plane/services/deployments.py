@@ -28,6 +28,7 @@ def create(session: Session, settings: Settings, request: DeploymentCreate) -> D
     Raises:
         NotFound: no such model or artifact.
         InvalidRequest: the artifact is not a complete model, or ``params.alias`` says something else than ``alias``.
+        WrongState: another alias serves another model on the model server, and the request does not say ``replace``.
     """
     params = request.params or DeployParams()
     if "alias" in params.model_fields_set and params.alias != request.alias:
@@ -35,26 +36,28 @@ def create(session: Session, settings: Settings, request: DeploymentCreate) -> D
             f"params.alias is {params.alias!r} but alias is {request.alias!r}; leave params.alias out.", param="params.alias"
         )
     model = _model(session, request.model) if request.model is not None else _registered(session, settings, str(request.artifact_id))
-    return _enqueue(session, model, params.model_copy(update={"alias": request.alias}))
+    return _enqueue(session, model, params.model_copy(update={"alias": request.alias, "replace": request.replace or params.replace}))
 
 
-def rollback(session: Session, name: str) -> DeploymentObject:
-    """Deploy again what an alias served before its present model, with the parameters it had.
+def rollback(session: Session, name: str, *, replace: bool) -> DeploymentObject:
+    """Deploy again what an alias served before its present model, with the parameters it had; or its last one, if it serves none now.
 
     Raises:
         NotFound: no such alias.
-        WrongState: it never served anything else.
+        WrongState: it never served anything else, or another alias would lose its model and ``replace`` is false.
     """
     alias = aliases.get_row(session, name)
     served = select(Deployment).where(
-        Deployment.alias == name, Deployment.ready_at.is_not(None), Deployment.generation < alias.active_generation
+        Deployment.alias == name, Deployment.ready_at.is_not(None), Deployment.generation <= alias.active_generation
     )
-    before = session.scalars(served.where(Deployment.model != alias.model).order_by(Deployment.generation.desc()).limit(1)).one_or_none()
+    before = session.scalars(
+        served.where(Deployment.model.is_distinct_from(alias.model)).order_by(Deployment.generation.desc()).limit(1)
+    ).one_or_none()
     if before is None:
         raise WrongState(f"Alias {name!r} never served another model than {alias.model!r}: there is nothing to go back to.", param="alias")
     job = session.get(Job, before.job_id) if before.job_id else None
     params = DeployParams.model_validate(job.spec["params"]) if job else DeployParams(alias=name)
-    return _enqueue(session, _model(session, before.model), params)
+    return _enqueue(session, _model(session, before.model), params.model_copy(update={"replace": replace}))
 
 
 def list_deployments(session: Session, *, alias: str | None, after: str | None, limit: int, order: Order) -> Page[DeploymentObject]:

@@ -16,6 +16,7 @@ from parampara.datasets import validate_books, validate_qa
 from parampara.db.models import File, Run
 from parampara.db.session import transaction
 from parampara.errors import InvalidData, InvalidRequest, NotFound
+from parampara.execution.hooks import refuse_displacing
 from parampara.execution.queue import create_run
 from parampara.files import get_files, path_of
 from parampara.plan import DATASETS, check_datasets
@@ -33,6 +34,7 @@ def create(sessions: sessionmaker[Session], settings: Settings, request: RunCrea
     Raises:
         InvalidRequest: bad recipe, unknown base model, bad data, or the idempotency key belongs to another request.
         NotFound: a file that is not there; ``param`` names the field.
+        WrongState: its deployment would end the service of another alias, and the recipe does not say ``replace``.
     """
     digest = _digest(request)
     if idempotency_key is not None:
@@ -43,6 +45,9 @@ def create(sessions: sessionmaker[Session], settings: Settings, request: RunCrea
     recipe = recipes.from_request(request)
     base_models.resolve(settings, recipe.base_model)
     datasets = check_datasets(request.datasets.model_dump())
+    if (deploy := recipe.stages.deploy) is not None:
+        with transaction(sessions) as session:
+            refuse_displacing(session, deploy.alias, model=None, replace=deploy.replace)  # now, not after hours of training
     check_contents(settings, _rows(sessions, datasets))
     with transaction(sessions) as session:
         run = create_run(
