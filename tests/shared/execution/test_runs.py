@@ -9,7 +9,7 @@ from sqlalchemy import select
 
 from parampara.db.models import Alias, Artifact, Attempt, Deployment, Event, Job, Model, Outbox
 from parampara.db.session import transaction
-from parampara.errors import InvalidRequest, NotFound, WrongState
+from parampara.errors import ArtifactDamaged, InvalidRequest, NotFound, WrongState
 from parampara.execution.queue import enqueue_job, request_cancel, retry_job, retry_run
 from parampara.plan import deploy_spec
 from parampara.schemas.stages import DeployParams
@@ -95,6 +95,25 @@ def test_a_damaged_artifact_is_not_reused_but_made_again(queue: Any) -> None:
     assert claim.run_id == second
     assert queue.run(claim) == "succeeded"
     storage.verify(queue.jobs(first)["dapt"].artifact_id)  # equal content: healed in place
+
+
+@pytest.mark.parametrize("damage", ["manifest", "link"])
+def test_rubbish_where_an_artifact_was_does_not_stop_the_worker(queue: Any, damage: str) -> None:
+    datasets = {"books": [queue.book()], "qa": [queue.upload("{}", "qa.jsonl")]}
+    first = queue.start_run(datasets=datasets)
+    queue.run(queue.claimed())
+    storage = LocalStorage(queue.settings.artifacts_dir)
+    artifact = storage.path(queue.jobs(first)["dapt"].artifact_id)
+    if damage == "manifest":
+        (artifact / "manifest.json").write_bytes(b"\0\0\0")
+    else:
+        (artifact / "adapter.txt").unlink()
+        (artifact / "adapter.txt").symlink_to("/etc/passwd")
+    with pytest.raises(ArtifactDamaged):
+        storage.verify(queue.jobs(first)["dapt"].artifact_id)
+    queue.start_run(datasets=datasets)
+    assert queue.run(queue.claimed()) == "succeeded"
+    storage.verify(queue.jobs(first)["dapt"].artifact_id)
 
 
 def test_held_by_a_gate_succeeds_without_deploying(queue: Any) -> None:

@@ -45,12 +45,22 @@ class Supervisor:
         with bind(run_id=claim.run_id, job_id=claim.job_id, attempt=claim.attempt), metrics.RUNNING.labels(claim.kind).track_inprogress():
             _log.info("attempt started", job=claim.name, kind=claim.kind, fence=claim.fence)
             with LeaseKeeper(self._sessions, claim, self._settings.worker) as lease:
-                outcome = self._attempt(claim, lease)
+                outcome = self._contained(claim, lease)
             seconds = time.monotonic() - started
             metrics.JOBS.labels(claim.kind, outcome).inc()
             metrics.ATTEMPT_SECONDS.labels(claim.kind).observe(seconds)
             _log.info("attempt ended", job=claim.name, kind=claim.kind, outcome=outcome, seconds=round(seconds, 2))
         return outcome
+
+    def _contained(self, claim: Claim, lease: LeaseKeeper) -> str:
+        """The boundary: what nobody expected costs the attempt, never the worker."""
+        try:
+            return self._attempt(claim, lease)
+        except SQLAlchemyError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            _log.exception("unexpected error in the supervisor")
+            return self._crash(claim, {"code": "internal_error", "message": f"the supervisor failed: {type(error).__name__}: {error}"})
 
     def _attempt(self, claim: Claim, lease: LeaseKeeper) -> str:
         try:
@@ -85,8 +95,8 @@ class Supervisor:
             return resolved
         try:
             self._storage.verify(str(twin.artifact_id))
-        except (NotFound, ArtifactDamaged) as error:
-            _log.warning("an equal job's artifact is not usable; running the stage", twin=twin.id, error=error.message)
+        except (NotFound, ArtifactDamaged, OSError) as error:
+            _log.warning("an equal job's artifact is not usable; running the stage", twin=twin.id, error=str(error))
             return resolved
         return self._write("reused", lambda session: outcomes.reuse(session, claim, settings=self._settings, source=twin))
 
