@@ -62,7 +62,14 @@ def test_an_error_that_would_come_again_fails_the_job(queue: Any, how: str, outc
     assert job.error["message"] in attempt.log_tail
 
 
-@pytest.mark.parametrize(("how", "code", "said"), [("crash", 1, "RuntimeError: a bug in the stage"), ("kill", -9, "killed by SIGKILL")])
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        ("crash", 1, "RuntimeError: a bug in the stage"),
+        ("kill", -9, "killed by SIGKILL"),
+        ("preempted", 75, "nobody had asked it to: stopped by itself"),
+    ],
+)
 def test_a_crash_is_tried_again_until_it_is_a_crash_loop(queue: Any, how: str, code: int, said: str) -> None:
     job_id = queue.enqueue(exit=how, at=2)
     for number in (1, 2, 3):

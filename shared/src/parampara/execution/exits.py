@@ -47,8 +47,11 @@ def read_ending(workdir: Path, code: int, *, stopped_because: str | None, log_ta
         return _succeeded(workdir, code, log_tail, kind)
     if stopped_because == "stalled":
         return Ending("crashed", code, log_tail, {"code": "stalled", "message": "the stage reported nothing for too long and was stopped"})
-    if stopped_because is not None or code == EXIT_PREEMPTED:
-        return Ending("preempted", code, log_tail, {"code": "preempted", "message": stopped_because or error["message"]})
+    if stopped_because is not None:
+        return Ending("preempted", code, log_tail, {"code": "preempted", "message": stopped_because})
+    if code == EXIT_PREEMPTED:  # counted: a stage that always stops by itself would be started again for ever
+        message = f"the stage stopped although nobody had asked it to: {error['message']}"
+        return Ending("crashed", code, log_tail, {"code": "preempted_unasked", "message": message})
     return Ending("failed" if code in _DEFAULT_MESSAGES else "crashed", code, log_tail, error)
 
 

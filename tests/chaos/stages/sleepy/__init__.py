@@ -3,7 +3,7 @@
 What a ``dapt`` stage does is written in its book, a JSON object::
 
     {"steps": 20, "seconds": 0.02,       how long it takes
-     "exit": "diverged", "at": 5,        how it ends, and at which step (``crash kill diverged refuse memory``)
+     "exit": "diverged", "at": 5,        how it ends, and at which step (``crash kill diverged refuse memory preempted busy``)
      "deaf": true,                       does not stop when asked to
      "silent": true}                     reports no progress
 

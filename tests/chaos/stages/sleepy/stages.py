@@ -164,6 +164,8 @@ def _end(how: str) -> None:
             raise Diverged("the loss is not finite at step 5; lower the learning rate")
         case "refuse":
             raise InvalidData("row 3 has no question", param="datasets.qa")
+        case "preempted":
+            raise Preempted("stopped by itself")
         case "memory":
             raise OutOfMemory("out of memory at micro-batch 1")
 
