@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,20 @@ def test_a_crash_is_tried_again_until_it_is_a_crash_loop(queue: Any, how: str, c
     job = queue.job(job_id)
     assert (job.state, job.error["code"]) == ("failed", "crash_loop")
     assert said in job.error["message"]
+
+
+def test_a_workdir_that_another_process_holds_is_waited_for_without_counting(queue: Any) -> None:
+    job_id = queue.enqueue(exit="busy", at=1)
+    for _ in range(4):
+        with transaction(queue.sessions) as session:
+            session.execute(update(Job).values(not_before=func.now()))
+        assert queue.run(queue.claimed()) == "preempted"
+        assert queue.claim() is None, "not tried again at once"
+    job, attempt = queue.job(job_id), attempts(queue, job_id)[-1]
+    assert (job.state, job.crashes, attempt.state, attempt.exit_code) == ("queued", 0, "preempted", 74)
+    assert attempt.error["message"] == "process 7 still works here"
+    with transaction(queue.sessions) as session:
+        assert session.scalar(select(Job.not_before - func.now())) > timedelta(seconds=5)
 
 
 def test_a_running_job_is_cancelled_within_its_grace(queue: Any) -> None:

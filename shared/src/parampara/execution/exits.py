@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from parampara.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_OK, EXIT_OUT_OF_MEMORY, EXIT_PREEMPTED
+from parampara.errors import EXIT_BAD_INPUT, EXIT_BUSY, EXIT_DIVERGED, EXIT_OK, EXIT_OUT_OF_MEMORY, EXIT_PREEMPTED
 from parampara.schemas.stages import DeployResult, EvaluateResult, IngestResult, Kind, MergeResult, QuantizeResult, TrainResult
 
 RESULTS: dict[Kind, type[BaseModel]] = {
@@ -31,7 +31,7 @@ _DEFAULT_MESSAGES = {
 
 @dataclass(frozen=True)
 class Ending:
-    outcome: Literal["succeeded", "failed", "crashed", "preempted", "cancelled"]
+    outcome: Literal["succeeded", "failed", "crashed", "preempted", "cancelled", "busy"]
     exit_code: int
     log_tail: str
     error: dict[str, Any] = field(default_factory=dict)
@@ -49,6 +49,9 @@ def read_ending(workdir: Path, code: int, *, stopped_because: str | None, log_ta
         return Ending("crashed", code, log_tail, {"code": "stalled", "message": "the stage reported nothing for too long and was stopped"})
     if stopped_because is not None:
         return Ending("preempted", code, log_tail, {"code": "preempted", "message": stopped_because})
+    if code == EXIT_BUSY:
+        last = log_tail.rstrip().rpartition("\n")[2]
+        return Ending("busy", code, log_tail, {"code": "workdir_busy", "message": last or "another process works in the job's directory"})
     if code == EXIT_PREEMPTED:  # counted: a stage that always stops by itself would be started again for ever
         message = f"the stage stopped although nobody had asked it to: {error['message']}"
         return Ending("crashed", code, log_tail, {"code": "preempted_unasked", "message": message})

@@ -4,6 +4,7 @@ attempt was stale, and nothing of it was written.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,10 @@ def crash(
     return True
 
 
-def release(session: Session, claim: Claim, *, reason: str, exit_code: int | None = None, log_tail: str | None = None) -> bool:
-    """The attempt was stopped through no fault of the job: queued again at once, nothing counted against it."""
+def release(
+    session: Session, claim: Claim, *, reason: str, wait_seconds: float = 0, exit_code: int | None = None, log_tail: str | None = None
+) -> bool:
+    """The attempt was stopped through no fault of the job: queued again, nothing counted against it."""
     if (job := hold(session, claim)) is None:
         return False
     close_attempt(
@@ -102,6 +105,7 @@ def release(session: Session, claim: Claim, *, reason: str, exit_code: int | Non
         end(session, job, "cancelled", _CANCELLED)
     else:
         job.state, job.owner, job.lease_until = "queued", None, None
+        job.not_before = func.now() + timedelta(seconds=wait_seconds)
         job_state(session, job, f"{job.name} queued again: {reason}", attempt=claim.attempt)
         announce(session, job)
     session.flush()

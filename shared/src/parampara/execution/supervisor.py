@@ -28,6 +28,8 @@ from parampara.telemetry import bind, get_logger
 
 _TICK_SECONDS = 0.1
 _FLUSH_SECONDS = 1.0
+_BUSY_SECONDS = 15.0
+"""Until a job is tried again whose directory another process holds, e.g. the stage of a worker that is cut off."""
 _log = get_logger(__name__)
 
 
@@ -175,8 +177,9 @@ class Supervisor:
                 return self._write("cancelled", lambda session: outcomes.cancel(session, claim, **told))
             case "failed":
                 return self._write("failed", lambda session: outcomes.fail(session, claim, error=ending.error, **told))
-            case "preempted":
-                return self._write("preempted", lambda session: outcomes.release(session, claim, reason=ending.error["message"], **told))
+            case "preempted" | "busy":
+                told |= {"reason": ending.error["message"], "wait_seconds": _BUSY_SECONDS if ending.outcome == "busy" else 0}
+                return self._write("preempted", lambda session: outcomes.release(session, claim, **told))
         if lease.outdated.is_set():
             reason = "the database was away for longer than the lease"
             return self._write("preempted", lambda session: outcomes.release(session, claim, reason=reason, **told))

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from parampara.errors import Diverged, InvalidData, OutOfMemory, Preempted
+from parampara.errors import Diverged, InvalidData, OutOfMemory, Preempted, WorkdirBusy
 from parampara.execution import stop
 from parampara.progress import Progress
 from parampara.schemas.stages import (
@@ -164,6 +164,8 @@ def _end(how: str) -> None:
             raise Diverged("the loss is not finite at step 5; lower the learning rate")
         case "refuse":
             raise InvalidData("row 3 has no question", param="datasets.qa")
+        case "busy":
+            raise WorkdirBusy("process 7 still works here")
         case "preempted":
             raise Preempted("stopped by itself")
         case "memory":
