@@ -15,7 +15,7 @@ import pytest
 
 from parampara.errors import EXIT_BUSY, WorkdirBusy
 from parampara.execution import child
-from tests.shared.execution.conftest import STAGES
+from tests.shared.execution.conftest import PYTHONPATH
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def command(tmp_path: Path) -> Any:
         (tmp_path / name).write_text(text)
         arguments = ["dapt", "--config", str(tmp_path / name), "--workdir", str(tmp_path / "work")]
         return subprocess.Popen(
-            [sys.executable, "-m", "sleepy", *arguments], env={**os.environ, "PYTHONPATH": str(STAGES)}, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "sleepy", *arguments], env={**os.environ, "PYTHONPATH": PYTHONPATH}, stderr=subprocess.PIPE, text=True
         )
 
     return start
