@@ -77,7 +77,7 @@ class Supervisor:
         except ParamparaError as error:
             _log.warning("inputs are not usable", error=error.message)
             body = error.body()["error"]
-            return self._write("failed", lambda session: outcomes.fail(session, claim, error=body))
+            return self._write(lambda session: outcomes.fail(session, claim, error=body))
         except OSError as error:
             return self._crash(claim, products.disk_error(error, f"cannot prepare the attempt under {self._settings.work_dir}"))
         return self._end(claim, lease, prepared, workdir, ending)
@@ -100,7 +100,7 @@ class Supervisor:
         except (NotFound, ArtifactDamaged, OSError) as error:
             _log.warning("an equal job's artifact is not usable; running the stage", twin=twin.id, error=str(error))
             return resolved
-        return self._write("reused", lambda session: outcomes.reuse(session, claim, settings=self._settings, source=twin))
+        return self._write(lambda session: outcomes.reuse(session, claim, settings=self._settings, source=twin))
 
     def _supervise(self, claim: Claim, lease: LeaseKeeper, workdir: Path) -> Ending:
         """Start the stage and stay with it until it is dead; ends it when the lease, a user, the worker or a stall says so."""
@@ -174,24 +174,24 @@ class Supervisor:
             case "succeeded" if not lease.cancel_requested.is_set():
                 return self._publish(claim, resolved, workdir, ending)
             case "cancelled" | "succeeded":
-                return self._write("cancelled", lambda session: outcomes.cancel(session, claim, **told))
+                return self._write(lambda session: outcomes.cancel(session, claim, **told))
             case "failed":
-                return self._write("failed", lambda session: outcomes.fail(session, claim, error=ending.error, **told))
+                return self._write(lambda session: outcomes.fail(session, claim, error=ending.error, **told))
             case "preempted" | "busy":
                 told |= {"reason": ending.error["message"], "wait_seconds": _BUSY_SECONDS if ending.outcome == "busy" else 0}
-                return self._write("preempted", lambda session: outcomes.release(session, claim, **told))
+                return self._write(lambda session: outcomes.release(session, claim, **told))
         if lease.outdated.is_set():
             reason = "the database was away for longer than the lease"
-            return self._write("preempted", lambda session: outcomes.release(session, claim, reason=reason, **told))
+            return self._write(lambda session: outcomes.release(session, claim, reason=reason, **told))
         return self._crash(claim, ending.error, **told)
 
     def _publish(self, claim: Claim, resolved: inputs.Resolved, workdir: Path, ending: Ending) -> str:
         def fail(error: dict[str, Any]) -> str:
-            return self._write("failed", lambda session: outcomes.fail(session, claim, error=error, exit_code=0, log_tail=ending.log_tail))
+            return self._write(lambda session: outcomes.fail(session, claim, error=error, exit_code=0, log_tail=ending.log_tail))
 
         try:
             product = products.publish(self._storage, claim.kind, resolved, workdir, ending.result)
-            outcome = self._write("succeeded", lambda session: self._succeed(session, claim, product, ending))
+            outcome = self._write(lambda session: self._succeed(session, claim, product, ending))
         except ParamparaError as error:
             return fail(error.body()["error"])
         except OSError as error:
@@ -200,21 +200,21 @@ class Supervisor:
             products.clean(workdir)
         return outcome
 
-    def _succeed(self, session: Session, claim: Claim, product: products.Product, ending: Ending) -> bool:
+    def _succeed(self, session: Session, claim: Claim, product: products.Product, ending: Ending) -> str | None:
         told = {"result": product.result, "manifest": product.manifest, "output": product.output, "log_tail": ending.log_tail}
         return outcomes.succeed(session, claim, settings=self._settings, **told)
 
     def _crash(self, claim: Claim, error: dict[str, Any], **told: Any) -> str:
         _log.warning("stage crashed", error=error["message"], exit_code=told.get("exit_code"))
         limit = self._settings.worker.max_crashes
-        return self._write("crashed", lambda session: outcomes.crash(session, claim, error=error, max_crashes=limit, **told))
+        return self._write(lambda session: outcomes.crash(session, claim, error=error, max_crashes=limit, **told))
 
-    def _write(self, outcome: str, write: Callable[[Session], bool]) -> str:
+    def _write(self, write: Callable[[Session], str | None]) -> str:
         """Write an end in one transaction, for as long as the database is away; it is guarded, so late is never wrong."""
         while True:
             try:
                 with transaction(self._sessions) as session:
-                    return outcome if write(session) else "stale"
+                    return write(session) or "stale"
             except OperationalError as error:
                 _log.warning("the end of the attempt is not written yet", error=str(error).splitlines()[0])
                 if self._stopping.wait(1.0):
