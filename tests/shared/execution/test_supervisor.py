@@ -18,8 +18,10 @@ from sqlalchemy import func, select, update
 
 from parampara.db.models import Artifact, Attempt, Event, Job
 from parampara.db.session import transaction
-from parampara.execution import process, products
+from parampara.execution import process, products, watch
+from parampara.execution.lease_keeper import LeaseKeeper
 from parampara.execution.queue import request_cancel
+from parampara.execution.supervisor import Supervisor
 
 
 def attempts(queue: Any, job_id: str) -> list[Attempt]:
@@ -97,6 +99,48 @@ def test_a_workdir_that_another_process_holds_is_waited_for_without_counting(que
     assert attempt.error["message"] == "process 7 still works here"
     with transaction(queue.sessions) as session:
         assert session.scalar(select(Job.not_before - func.now())) > timedelta(seconds=5)
+
+
+def test_what_postgres_can_not_hold_is_dropped_from_what_a_stage_says(queue: Any) -> None:
+    """A NUL reaches a stage easily: it is legal in the JSON of an uploaded row."""
+    odd = " a\0b\ud800c"
+    good, bad = queue.enqueue(steps=2, says=odd), queue.enqueue(steps=2, exit="refuse", at=2, says=odd)
+    assert [queue.run(queue.claimed()) for _ in range(2)] == ["succeeded", "failed"]
+    assert queue.job(good).result["backend_reason"] == " abc"
+    assert queue.job(bad).error["message"] == "row 3 has no question abc"
+    with queue.sessions() as session:
+        told = session.scalars(select(Event).where(Event.job_id == good, Event.message == " abc")).all()
+    assert [event.data for event in told] == [{"said": " abc"}] * 2
+    assert queue.job(good).progress["step"] == 2
+
+
+def test_a_result_that_the_database_refuses_fails_the_job_with_its_words(queue: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = queue.enqueue()
+    monkeypatch.setattr("parampara.execution.exits.storable", lambda value: {**value, "backend_reason": "x\0y"})
+    assert queue.run(queue.claimed()) == "failed"
+    job = queue.job(job_id)
+    assert (job.state, job.error["code"], attempts(queue, job_id)[0].state) == ("failed", "bad_result", "failed")
+    assert "cannot be converted to text" in job.error["message"]
+
+
+def test_progress_that_the_database_refuses_does_not_hold_up_what_comes_after(queue: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = queue.enqueue(steps=2)
+    real = watch.ProgressBook.pending
+    flushes = []
+
+    def pending(book: watch.ProgressBook) -> list[dict[str, Any]]:
+        flushes.append(1)
+        events = real(book)
+        return events if len(flushes) > 1 else [{**events[0], "data": {"a": "x\0y"}}]
+
+    monkeypatch.setattr(watch.ProgressBook, "pending", pending)
+    supervisor = Supervisor(queue.settings, queue.sessions, service="sleepy", stopping=queue.stopping)
+    claim = queue.claimed()
+    book, lease = watch.ProgressBook({}), LeaseKeeper(queue.sessions, claim, queue.settings.worker)
+    for step in (1, 2):
+        book.fold({"type": "step", "t": float(step), "step": step, "total": 2, "metrics": {}})
+        supervisor._flush(claim, lease, book)
+    assert queue.job(job_id).progress["step"] == 2
 
 
 def test_a_running_job_is_cancelled_within_its_grace(queue: Any) -> None:

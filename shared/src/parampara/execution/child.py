@@ -31,6 +31,7 @@ from typing import Any, NoReturn, TextIO
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from parampara.db.storable import storable
 from parampara.errors import EXIT_OK, InvalidRequest, OutOfMemory, ParamparaError, WorkdirBusy
 from parampara.execution import stop
 from parampara.progress import JsonlProgress, Level
@@ -74,7 +75,7 @@ def run_stage(stage: Stage, *, config: Path, workdir: Path) -> int:
             shutil.rmtree(workdir / "output", ignore_errors=True)  # of an attempt that was killed before anybody took it
             progress = _EchoProgress(workdir / "progress.jsonl")
             result = stage.load()(_read_config(stage.config, config), workdir=workdir, progress=progress)
-            body = "{}" if result is None else result.model_dump_json()
+            body = "{}" if result is None else json.dumps(storable(result.model_dump(mode="json")))
             write_atomically(workdir / "result.json", body.encode())
             return EXIT_OK
     except WorkdirBusy as error:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
+from parampara.db.storable import storable
 from parampara.errors import EXIT_BAD_INPUT, EXIT_BUSY, EXIT_DIVERGED, EXIT_OK, EXIT_OUT_OF_MEMORY, EXIT_PREEMPTED
 from parampara.schemas.stages import DeployResult, EvaluateResult, IngestResult, Kind, MergeResult, QuantizeResult, TrainResult
 
@@ -62,16 +63,18 @@ def _succeeded(workdir: Path, code: int, log_tail: str, kind: Kind) -> Ending:
     try:
         result = RESULTS[kind].model_validate_json((workdir / "result.json").read_bytes())
     except (OSError, ValidationError) as error:
-        return Ending("crashed", code, log_tail, {"code": "bad_result", "message": f"the stage left no valid result: {error}"})
-    return Ending("succeeded", code, log_tail, result=result.model_dump(mode="json"))
+        message = storable(f"the stage left no valid result: {error}")
+        return Ending("crashed", code, log_tail, {"code": "bad_result", "message": message})
+    return Ending("succeeded", code, log_tail, result=storable(result.model_dump(mode="json")))
 
 
 def _error(workdir: Path) -> dict[str, Any] | None:
     """The error that the stage wrote; None when it died before it could."""
     try:
         error = json.loads((workdir / "error.json").read_bytes())["error"]
-        return {"code": error.get("code"), "message": str(error["message"]), "param": error.get("param"), "type": error.get("type")}
-    except (OSError, ValueError, KeyError, TypeError):
+        told = {"code": error.get("code"), "message": str(error["message"]), "param": error.get("param"), "type": error.get("type")}
+        return storable(told)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

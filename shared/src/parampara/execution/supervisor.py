@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from parampara.db.session import transaction
+from parampara.db.session import is_away, transaction
+from parampara.db.storable import storable
 from parampara.errors import ArtifactDamaged, NotFound, ParamparaError
 from parampara.execution import inputs, leases, metrics, outcomes, products
 from parampara.execution.exits import Ending, read_ending
@@ -58,11 +59,15 @@ class Supervisor:
         """The boundary: what nobody expected costs the attempt, never the worker."""
         try:
             return self._attempt(claim, lease)
-        except SQLAlchemyError:
-            raise
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
+            if is_away(error):
+                raise
             _log.exception("unexpected error in the supervisor")
-            return self._crash(claim, {"code": "internal_error", "message": f"the supervisor failed: {type(error).__name__}: {error}"})
+            if isinstance(error, DataError | IntegrityError):  # it would be refused again
+                refused = {"code": "bad_result", "message": storable(f"the database refused what was to be written: {error.orig}")}
+                return self._write(lambda session: outcomes.fail(session, claim, error=refused))
+            message = storable(f"the supervisor failed: {type(error).__name__}: {error}")
+            return self._crash(claim, {"code": "internal_error", "message": message})
 
     def _attempt(self, claim: Claim, lease: LeaseKeeper) -> str:
         try:
@@ -152,6 +157,10 @@ class Supervisor:
                     beat = leases.record(session, claim, progress=book.progress, events=book.pending())
                 else:
                     beat = leases.check(session, claim)
+        except DataError as error:  # it will never be taken; the file still has it
+            _log.warning("progress dropped: the database does not take it", error=str(error).splitlines()[0])
+            book.written()
+            return
         except SQLAlchemyError as error:
             _log.warning("progress not written yet", error=str(error).splitlines()[0])
             return
@@ -210,12 +219,18 @@ class Supervisor:
         return self._write(lambda session: outcomes.crash(session, claim, error=error, max_crashes=limit, **told))
 
     def _write(self, write: Callable[[Session], str | None]) -> str:
-        """Write an end in one transaction, for as long as the database is away; it is guarded, so late is never wrong."""
+        """Write an end in one transaction, for as long as the database is away; it is guarded, so late is never wrong.
+
+        Raises:
+            SQLAlchemyError: the database is there and refuses what was to be written.
+        """
         while True:
             try:
                 with transaction(self._sessions) as session:
                     return write(session) or "stale"
-            except OperationalError as error:
+            except SQLAlchemyError as error:
+                if not is_away(error):
+                    raise
                 _log.warning("the end of the attempt is not written yet", error=str(error).splitlines()[0])
                 if self._stopping.wait(1.0):
                     return "stale"  # the lease runs out and another worker goes on from the checkpoint

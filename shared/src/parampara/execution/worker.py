@@ -17,7 +17,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from parampara.db.session import make_engine, make_sessions, transaction
+from parampara.db.session import is_away, make_engine, make_sessions, transaction
 from parampara.execution import doorbell, leases
 from parampara.execution.supervisor import Supervisor
 from parampara.settings import Settings, get_settings
@@ -52,6 +52,8 @@ class Worker:
                 made, job_id = made + 1, None
             return made
         except SQLAlchemyError as error:
+            if not is_away(error):
+                raise
             _log.warning("database is away; trying again", error=str(error).splitlines()[0])
             return 0
         finally:
