@@ -15,13 +15,13 @@ from typing import Any
 import psutil
 import pytest
 from sqlalchemy import func, select, update
+from sqlalchemy.exc import OperationalError
 
 from parampara.db.models import Artifact, Attempt, Event, Job
 from parampara.db.session import transaction
-from parampara.execution import process, products, watch
+from parampara.execution import inputs, process, products, supervisor, watch
 from parampara.execution.lease_keeper import LeaseKeeper
 from parampara.execution.queue import request_cancel
-from parampara.execution.supervisor import Supervisor
 
 
 def attempts(queue: Any, job_id: str) -> list[Attempt]:
@@ -101,6 +101,23 @@ def test_a_workdir_that_another_process_holds_is_waited_for_without_counting(que
         assert session.scalar(select(Job.not_before - func.now())) > timedelta(seconds=5)
 
 
+@pytest.mark.parametrize("asked", ["gather", "find_twin"])
+def test_a_moment_without_the_database_at_the_start_costs_nothing(queue: Any, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = queue.enqueue()
+    real, calls = getattr(inputs, asked), []
+
+    def away_once(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OperationalError("SELECT", {}, Exception("server closed the connection"))
+        return real(*arguments)
+
+    monkeypatch.setattr(inputs, asked, away_once)
+    monkeypatch.setattr(supervisor, "_AGAIN_SECONDS", 0.01)
+    assert queue.run(queue.claimed()) == "succeeded"
+    assert (len(calls), queue.job(job_id).crashes) == (2, 0)
+
+
 def test_what_postgres_can_not_hold_is_dropped_from_what_a_stage_says(queue: Any) -> None:
     """A NUL reaches a stage easily: it is legal in the JSON of an uploaded row."""
     odd = " a\0b\ud800c"
@@ -134,12 +151,12 @@ def test_progress_that_the_database_refuses_does_not_hold_up_what_comes_after(qu
         return events if len(flushes) > 1 else [{**events[0], "data": {"a": "x\0y"}}]
 
     monkeypatch.setattr(watch.ProgressBook, "pending", pending)
-    supervisor = Supervisor(queue.settings, queue.sessions, service="sleepy", stopping=queue.stopping)
+    keeper = supervisor.Supervisor(queue.settings, queue.sessions, service="sleepy", stopping=queue.stopping)
     claim = queue.claimed()
     book, lease = watch.ProgressBook({}), LeaseKeeper(queue.sessions, claim, queue.settings.worker)
     for step in (1, 2):
         book.fold({"type": "step", "t": float(step), "step": step, "total": 2, "metrics": {}})
-        supervisor._flush(claim, lease, book)
+        keeper._flush(claim, lease, book)
     assert queue.job(job_id).progress["step"] == 2
 
 
@@ -275,8 +292,8 @@ def test_a_job_whose_worker_dies_takes_its_stage_with_it(queue: Any, tmp_path: P
     """The kernel kills the stage when the supervising process goes, however it goes."""
     job_id = queue.enqueue(steps=10_000, seconds=0.01)
     claim = queue.claimed()
-    supervisor = os.fork()
-    if supervisor == 0:  # a process that does nothing but supervise
+    child = os.fork()
+    if child == 0:  # a process that does nothing but supervise
         try:
             queue.run(claim)
         finally:
@@ -284,8 +301,8 @@ def test_a_job_whose_worker_dies_takes_its_stage_with_it(queue: Any, tmp_path: P
     try:
         pid = wait_for_step(queue, job_id, 2)
     finally:
-        os.kill(supervisor, 9)
-        os.waitpid(supervisor, 0)
+        os.kill(child, 9)
+        os.waitpid(child, 0)
     deadline = time.monotonic() + 10
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the stage outlived its supervisor"

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
@@ -29,9 +29,12 @@ from parampara.telemetry import bind, get_logger
 
 _TICK_SECONDS = 0.1
 _FLUSH_SECONDS = 1.0
+_AGAIN_SECONDS = 1.0
 _BUSY_SECONDS = 15.0
 """Until a job is tried again whose directory another process holds, e.g. the stage of a worker that is cut off."""
 _log = get_logger(__name__)
+
+T = TypeVar("T")
 
 
 class Supervisor:
@@ -59,9 +62,9 @@ class Supervisor:
         """The boundary: what nobody expected costs the attempt, never the worker."""
         try:
             return self._attempt(claim, lease)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             if is_away(error):
-                raise
+                return "stale" if lease.lost.is_set() else self._release(claim)
             _log.exception("unexpected error in the supervisor")
             if isinstance(error, DataError | IntegrityError):  # it would be refused again
                 refused = {"code": "bad_result", "message": storable(f"the database refused what was to be written: {error.orig}")}
@@ -71,7 +74,7 @@ class Supervisor:
 
     def _attempt(self, claim: Claim, lease: LeaseKeeper) -> str:
         try:
-            prepared = self._prepare(claim)
+            prepared = self._prepare(claim, lease)
             if not isinstance(prepared, inputs.Resolved):
                 return prepared
             workdir = workdir_of(self._settings, claim.job_id)
@@ -87,17 +90,15 @@ class Supervisor:
             return self._crash(claim, products.disk_error(error, f"cannot prepare the attempt under {self._settings.work_dir}"))
         return self._end(claim, lease, prepared, workdir, ending)
 
-    def _prepare(self, claim: Claim) -> inputs.Resolved | str:
+    def _prepare(self, claim: Claim, lease: LeaseKeeper) -> inputs.Resolved | str:
         """The stage's configuration, or how the attempt has ended already."""
-        with transaction(self._sessions) as session:
-            gathered = inputs.gather(session, claim)
+        gathered = self._ask(lease, lambda session: inputs.gather(session, claim))
         if gathered is None:
             return "stale"
         resolved = inputs.resolve(gathered, self._settings, self._storage)
-        if resolved.cache_key is None:
+        if (key := resolved.cache_key) is None:
             return resolved
-        with transaction(self._sessions) as session:
-            twin = inputs.find_twin(session, claim, resolved.cache_key)
+        twin = self._ask(lease, lambda session: inputs.find_twin(session, claim, key))
         if twin is None:
             return resolved
         try:
@@ -106,6 +107,23 @@ class Supervisor:
             _log.warning("an equal job's artifact is not usable; running the stage", twin=twin.id, error=str(error))
             return resolved
         return self._write(lambda session: outcomes.reuse(session, claim, settings=self._settings, source=twin))
+
+    def _ask(self, lease: LeaseKeeper, read: Callable[[Session], T]) -> T:
+        """What ``read`` finds in one transaction; asked again while the database is away and the lease may still hold.
+
+        Raises:
+            SQLAlchemyError: the database stayed away for the whole lease, or until the worker was told to stop.
+        """
+        while True:
+            try:
+                with transaction(self._sessions) as session:
+                    return read(session)
+            except SQLAlchemyError as error:
+                if not is_away(error) or lease.gone:
+                    raise
+                _log.warning("the database is away; the attempt waits", error=str(error).splitlines()[0])
+                if self._stopping.wait(_AGAIN_SECONDS):
+                    raise
 
     def _supervise(self, claim: Claim, lease: LeaseKeeper, workdir: Path) -> Ending:
         """Start the stage and stay with it until it is dead; ends it when the lease, a user, the worker or a stall says so."""
@@ -190,8 +208,7 @@ class Supervisor:
                 told |= {"reason": ending.error["message"], "wait_seconds": _BUSY_SECONDS if ending.outcome == "busy" else 0}
                 return self._write(lambda session: outcomes.release(session, claim, **told))
         if lease.outdated.is_set():
-            reason = "the database was away for longer than the lease"
-            return self._write(lambda session: outcomes.release(session, claim, reason=reason, **told))
+            return self._release(claim, **told)
         return self._crash(claim, ending.error, **told)
 
     def _publish(self, claim: Claim, resolved: inputs.Resolved, workdir: Path, ending: Ending) -> str:
@@ -213,6 +230,10 @@ class Supervisor:
         told = {"result": product.result, "manifest": product.manifest, "output": product.output, "log_tail": ending.log_tail}
         return outcomes.succeed(session, claim, settings=self._settings, **told)
 
+    def _release(self, claim: Claim, **told: Any) -> str:
+        reason = "the database was away for longer than the lease"
+        return self._write(lambda session: outcomes.release(session, claim, reason=reason, **told))
+
     def _crash(self, claim: Claim, error: dict[str, Any], **told: Any) -> str:
         _log.warning("stage crashed", error=error["message"], exit_code=told.get("exit_code"))
         limit = self._settings.worker.max_crashes
@@ -232,7 +253,7 @@ class Supervisor:
                 if not is_away(error):
                     raise
                 _log.warning("the end of the attempt is not written yet", error=str(error).splitlines()[0])
-                if self._stopping.wait(1.0):
+                if self._stopping.wait(_AGAIN_SECONDS):
                     return "stale"  # the lease runs out and another worker goes on from the checkpoint
 
 
