@@ -80,7 +80,10 @@ class LocalStorage:
         Raises:
             NotFound, ArtifactDamaged
         """
-        manifest = Manifest.model_validate_json((self.path(artifact_id) / MANIFEST_NAME).read_bytes())
+        try:
+            manifest = Manifest.model_validate_json((self.path(artifact_id) / MANIFEST_NAME).read_bytes())
+        except ValueError:
+            raise ArtifactDamaged(f"The manifest of {artifact_id} is not a manifest any more.", param="artifact_id") from None
         if manifest.id != artifact_id:
             raise ArtifactDamaged(f"The manifest of {artifact_id} was changed.", param="artifact_id")
         return manifest
@@ -104,7 +107,7 @@ class LocalStorage:
             return
         try:
             self.verify(manifest.id)
-        except (ArtifactDamaged, NotFound, ValueError):
+        except (ArtifactDamaged, NotFound):
             rotten = self._staging / uuid.uuid4().hex
             os.rename(target, rotten)
             shutil.rmtree(rotten, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from sqlalchemy import select
 
 from parampara.db.models import Alias, Artifact, Attempt, Deployment, Event, Job, Model, Outbox
 from parampara.db.session import transaction
-from parampara.errors import InvalidRequest, NotFound, WrongState
+from parampara.errors import ArtifactDamaged, InvalidRequest, NotFound, WrongState
+from parampara.execution import products
 from parampara.execution.queue import enqueue_job, request_cancel, retry_job, retry_run
 from parampara.plan import deploy_spec
 from parampara.schemas.stages import DeployParams
@@ -76,6 +78,18 @@ def test_a_second_equal_run_reuses_every_product(queue: Any) -> None:
     assert queue.work() == []
 
 
+def test_a_product_taken_twice_still_names_the_job_that_made_it(queue: Any) -> None:
+    datasets = {"books": [queue.book()], "qa": [queue.upload("{}", "qa.jsonl")]}
+    made = []
+    for _ in range(3):
+        run_id = queue.start_run(datasets=datasets)
+        claim = queue.claimed()
+        assert claim.run_id == run_id
+        queue.run(claim)
+        made.append(queue.job(claim.job_id))
+    assert [job.reused_from for job in made] == [None, made[0].id, made[0].id]
+
+
 def test_another_seed_or_reuse_false_makes_a_new_product(queue: Any) -> None:
     datasets = {"books": [queue.book()], "qa": [queue.upload("{}", "qa.jsonl")]}
     for options, outcome in [({}, "succeeded"), ({"seed": 43}, "succeeded"), ({"reuse": False}, "succeeded"), ({}, "reused")]:
@@ -107,6 +121,25 @@ def test_a_run_does_not_take_the_model_server_from_an_alias_that_came_meanwhile(
     with queue.sessions() as session:
         served = {alias.name: alias.model for alias in session.scalars(select(Alias))}
     assert served == {"kp": None, "third": queue.the_run(third).model}
+
+
+@pytest.mark.parametrize("damage", ["manifest", "link"])
+def test_rubbish_where_an_artifact_was_does_not_stop_the_worker(queue: Any, damage: str) -> None:
+    datasets = {"books": [queue.book()], "qa": [queue.upload("{}", "qa.jsonl")]}
+    first = queue.start_run(datasets=datasets)
+    queue.run(queue.claimed())
+    storage = LocalStorage(queue.settings.artifacts_dir)
+    artifact = storage.path(queue.jobs(first)["dapt"].artifact_id)
+    if damage == "manifest":
+        (artifact / "manifest.json").write_bytes(b"\0\0\0")
+    else:
+        (artifact / "adapter.txt").unlink()
+        (artifact / "adapter.txt").symlink_to("/etc/passwd")
+    with pytest.raises(ArtifactDamaged):
+        storage.verify(queue.jobs(first)["dapt"].artifact_id)
+    queue.start_run(datasets=datasets)
+    assert queue.run(queue.claimed()) == "succeeded"
+    storage.verify(queue.jobs(first)["dapt"].artifact_id)
 
 
 def test_held_by_a_gate_succeeds_without_deploying(queue: Any) -> None:
@@ -181,6 +214,49 @@ def test_cancelling_a_run_cancels_what_waits_and_retry_brings_it_back(queue: Any
         retry_run(session, run_id)
     queue.work()
     assert queue.the_run(run_id).state == "succeeded"
+
+
+def test_a_cancel_while_the_product_is_published_is_heard(queue: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = queue.start_run()
+    claim = queue.claimed()
+    real = products.publish
+
+    def publish(*arguments: Any) -> products.Product:
+        product = real(*arguments)
+        with transaction(queue.sessions) as session:
+            request_cancel(session, run_id)
+        return product
+
+    monkeypatch.setattr(products, "publish", publish)
+    assert queue.run(claim) == "cancelled"
+    assert (queue.the_run(run_id).state, set(queue.states(run_id).values())) == ("cancelled", {"cancelled"})
+    with queue.sessions() as session:
+        assert session.scalars(select(Attempt.state)).all() == ["cancelled"]
+        assert session.scalars(select(Artifact)).all() == []
+    with transaction(queue.sessions) as session:
+        retry_run(session, run_id)
+    monkeypatch.setattr(products, "publish", real)
+    queue.work()
+    assert queue.the_run(run_id).state == "succeeded"
+
+
+def test_a_cancel_while_an_earlier_product_is_checked_is_heard(queue: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = {"books": [queue.book()], "qa": [queue.upload("{}", "qa.jsonl")]}
+    queue.start_run(datasets=datasets)
+    queue.run(queue.claimed())
+    run_id = queue.start_run(datasets=datasets)
+    real = LocalStorage.verify
+
+    def verify(storage: LocalStorage, *arguments: Any, **options: Any) -> Path:
+        with transaction(queue.sessions) as session:
+            request_cancel(session, run_id)
+        return real(storage, *arguments, **options)
+
+    claim = queue.claimed()
+    assert claim.run_id == run_id
+    monkeypatch.setattr(LocalStorage, "verify", verify)
+    assert queue.run(claim) == "cancelled"
+    assert (queue.the_run(run_id).state, queue.jobs(run_id)["dapt"].artifact_id) == ("cancelled", None)
 
 
 def test_cancelling_a_queued_job_is_immediate(queue: Any) -> None:

@@ -122,9 +122,10 @@ def _lines(path: Path, name: str) -> Iterator[tuple[int, bytes]]:
 
 def _row(line: bytes, *, name: str, number: int) -> QaRow:
     where = f"{name} line {number}"
+    text = decode_utf8(line, name=where)
     try:
-        data = json.loads(decode_utf8(line, name=where))
-    except (json.JSONDecodeError, RecursionError) as error:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:  # a plain ValueError: an integer of more digits than Python converts
         raise InvalidData(
             f"{where}: not JSON ({error}); a question-answer file has one JSON object per line (JSONL).", param=name
         ) from None
@@ -145,7 +146,8 @@ def _row(line: bytes, *, name: str, number: int) -> QaRow:
             '{"instruction", "input"?, "output"}.',
             param=name,
         )
-    return QaRow(messages=messages, metadata=metadata)
+    cleaned = {key: clean_text(value) if isinstance(value, str) else value for key, value in metadata.items()}
+    return QaRow(messages=messages, metadata=cleaned)
 
 
 def _pair(data: dict[str, Any], asks: tuple[str, ...], answers: str, *, where: str, name: str) -> list[Message]:
