@@ -7,6 +7,7 @@ import argparse
 import uvicorn
 
 from gateway.app import Gateway
+from parampara.http import exit_zero_on_sigterm
 from parampara.settings import get_settings
 from parampara.telemetry import configure_logging
 
@@ -18,6 +19,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("serve", help="serve until SIGTERM")
     parser.parse_args()
+    exit_zero_on_sigterm()
     settings = get_settings()
     configure_logging("gateway")
     uvicorn.run(
