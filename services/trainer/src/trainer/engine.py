@@ -56,7 +56,7 @@ def train_adapter(
     data = build(config, tokenizer)
     plan = _plan(config, data, progress)
     _stop_here("before the model was loaded")
-    key = _resume_key(config, choice=choice, hardware=hardware, data=data, base_sha256=base_sha256)
+    key = _resume_key(config, choice=choice, hardware=hardware, data=data, plan=plan, base_sha256=base_sha256)
     store = CheckpointStore(workdir / "checkpoints", key=key, keep=params.train.keep_checkpoints)
     with _out_of_memory_named(params.train):
         progress.phase("load model")
@@ -132,7 +132,7 @@ def _plan(config: Config, data: StageData, progress: Progress) -> Plan:
     return plan
 
 
-def _resume_key(config: Config, *, choice: Choice, hardware: Hardware, data: StageData, base_sha256: str) -> str:
+def _resume_key(config: Config, *, choice: Choice, hardware: Hardware, data: StageData, plan: Plan, base_sha256: str) -> str:
     """Hash of everything that must be equal for a resumed run to be the same run. Paths and retention are not part of it."""
     settings = config.model_dump(mode="json", exclude={"model", "data"})
     for free in ("checkpoint_steps", "keep_checkpoints", "logging_steps"):
@@ -144,6 +144,7 @@ def _resume_key(config: Config, *, choice: Choice, hardware: Hardware, data: Sta
         "dtype": hardware.dtype,
         "optimizer": hardware.optimizer,
         "data": data.sha256,
+        "order": plan.sha256,
         "base": base_sha256,
         "versions": library_versions(),
     }
