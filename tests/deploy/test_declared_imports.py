@@ -61,6 +61,8 @@ def imports(path: Path) -> frozenset[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Attribute) and node.attr in ("numpy", "from_numpy"):
+            found.add("numpy")  # PyTorch imports it at the call, and does not ask for it
     return frozenset(found)
 
 
