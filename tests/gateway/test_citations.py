@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.citations import MarkerFilter, attribute
+from gateway.citations import _SENTENCE, MarkerFilter, attribute
 
 
 def filtered(text: str, passages: int, *cuts: int) -> tuple[str, list[tuple[int, str]], str]:
@@ -63,6 +64,25 @@ def test_each_line_goes_to_the_passage_that_says_it() -> None:
 def test_what_no_passage_says_stays_without_a_citation() -> None:
     for text in ("", "Bananas grow in warm countries.", "Confidence: High", "...", "years"):
         assert attributed(text) == []
+
+
+def test_a_long_run_of_marks_costs_no_more_than_its_length() -> None:
+    """The text is whatever a model says, and all other requests of the process wait meanwhile."""
+
+    def seconds(length: int) -> float:
+        text = "Ketu" + "!?" * length + "rules"
+        began = time.process_time()
+        attribute(text, PASSAGES)
+        return time.process_time() - began
+
+    # with backtracking 30,000 of them take a minute, and ten times as many a hundred times as long
+    assert seconds(30_000) < 5
+    assert seconds(300_000) < 10
+
+
+def test_sentences_end_at_marks_before_white_space_and_not_within_numbers() -> None:
+    text = "It is 13.20 Leo. Is it? Haan।\nYes!! e.g.x ok"
+    assert [match.group(0) for match in _SENTENCE.finditer(text)] == ["It is 13.20 Leo.", " Is it?", " Haan।", "Yes!!", " e.g.x ok"]
 
 
 @given(st.text(max_size=200))
