@@ -25,13 +25,26 @@ def test_known_markers_stay_and_unknown_ones_go() -> None:
     assert filtered("No [0] none [99]", 3)[:2] == ("No none", [])
 
 
+def test_a_list_of_every_passage_is_checked_number_by_number() -> None:
+    every = ", ".join(map(str, range(1, 51)))
+    out, marks, _ = filtered(f"All [{every}, 51, 52] of them", 50, *range(0, 220, 7))
+    assert out == f"All [{every}] of them"
+    assert [number for number, _ in marks] == list(range(1, 51))
+
+
 def test_brackets_that_are_no_markers_stay() -> None:
     for text in ("a [list] of", "array[i]", "open [1", "open [", "[12345]", "[]", "1] [x1]"):
         assert filtered(text, 3) == (text, [], text)
 
 
-@given(st.text(alphabet="ab [],123\n", max_size=60), st.integers(0, 3), st.lists(st.integers(0, 60), max_size=12))
+_NUMBERS = st.lists(st.integers(0, 60), min_size=1, max_size=120)
+_LISTS = st.builds(lambda gap, numbers: f" [{gap.join(map(str, numbers))}]", st.sampled_from([",", ", ", " , "]), _NUMBERS)
+_TEXTS = st.lists(st.text(alphabet="ab [],123\n", max_size=60) | _LISTS, max_size=4).map("".join)
+
+
+@given(_TEXTS, st.integers(0, 60), st.lists(st.integers(0, 1000), max_size=12))
 def test_how_the_text_is_cut_into_pieces_changes_nothing(text: str, passages: int, cuts: list[int]) -> None:
+    """Lists of any length included: what is held back while streaming is what counts as a marker in a whole answer."""
     whole, pieces = filtered(text, passages), filtered(text, passages, *cuts)
     assert whole == pieces
     assert pieces[0] == pieces[2]

@@ -14,9 +14,11 @@ from typing import Any
 
 from gateway.search import Passage
 
-_MARKER = re.compile(r"[ \t]?\[(\d{1,4}(?:[ \t]*,[ \t]*\d{1,4})*)\]")
+_MOST = 256
+"""Characters between the brackets; a list of all the passages that an answer can have is shorter."""
+_MARKER = re.compile(rf"[ \t]?\[(?=[\d, \t]{{1,{_MOST}}}\])(\d{{1,4}}(?:[ \t]*,[ \t]*\d{{1,4}})*)\]")
 # what may still become a marker: held back until the next piece of text decides
-_OPEN = re.compile(r"(?:[ \t]|[ \t]?\[[\d, \t]{0,16})\Z")
+_OPEN = re.compile(rf"(?:[ \t]|[ \t]?\[[\d, \t]{{0,{_MOST}}})\Z")
 # possessive: a run of marks is tried once and not at each of its places, which took seconds for a few thousand of them
 _SENTENCE = re.compile(r"[^\n.!?।]+(?:[.!?।]++(?=[^\s.!?।])[^\n.!?।]+)*[.!?।]*")
 _WORD = re.compile(r"\w+")
