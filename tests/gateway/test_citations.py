@@ -74,6 +74,20 @@ def test_each_line_goes_to_the_passage_that_says_it() -> None:
     assert attributed("Saptam bhav ka swami karak ho.") == [("Saptam bhav ka swami karak ho.", 3)]
 
 
+def test_a_word_is_read_together_with_the_question_that_it_answers() -> None:
+    passages = ["Kaal ki ganana.", "Krittika, the third star, is ruled by the Sun.", "Hasta, the thirteenth star, is ruled by the Moon."]
+
+    def cited(text: str, question: str) -> list[tuple[str, int]]:
+        return [(text[mark.start : mark.end], mark.number) for mark in attribute(text, passages, question=question)]
+
+    question = "By which planet is the star Krittika ruled?"
+    assert cited("Answer: Sun\nConfidence: High", question) == [("Answer: Sun", 2)]
+    assert cited("Answer: Sun", "By which planet is the star Hasta ruled?") == []  # what supports the opposite supports nothing
+    assert cited("Answer: Rahu\nConfidence: High", question) == []
+    assert cited("Sun", "Where shall we go tomorrow?") == []
+    assert cited("Answer: Sun", "") == cited("...", question) == []
+
+
 def test_what_no_passage_says_stays_without_a_citation() -> None:
     for text in ("", "Bananas grow in warm countries.", "Confidence: High", "...", "years"):
         assert attributed(text) == []

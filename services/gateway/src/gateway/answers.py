@@ -35,7 +35,7 @@ class Cited:
     def citing(self, checked: MarkerFilter) -> dict[str, Any]:
         """``annotations`` and ``context`` of a finished text."""
         assert self.grounded is not None
-        marks: list[Mark] = checked.marks or attribute(checked.text, self.grounded.shown)
+        marks: list[Mark] = checked.marks or attribute(checked.text, self.grounded.shown, question=self.grounded.query)
         for mark in marks:
             metrics.CITATIONS.labels(mark.attributed_by).inc()
         passages = self.grounded.passages

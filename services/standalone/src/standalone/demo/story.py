@@ -142,17 +142,27 @@ def _stack(target: Target, console: Console, cleanup: ExitStack, *, auto_ports: 
 
 
 def _ask(platform: Platform, question: Question, model: str, console: Console) -> Answer:
-    """Ask the alias and insist that the model this run made has answered, from retrieved passages."""
+    """Ask the alias, show what comes and check it."""
     how = "streamed" if question.streamed else "plain"
     console.print(f"\n  [{question.language}, {how}] {question.text}", style="bold", highlight=False, markup=False)
     answer = ask_model(platform, question, model=ALIAS)
     report.show_answer(answer, console)
-    if answer.model != model:
-        message = f"{question.text!r} was answered by {answer.model}, not by the model of this run ({model})."
-        raise UpstreamFailed(message, code="wrong_model")
-    if not answer.citations:
-        raise UpstreamFailed(f"{question.text!r} was answered without a passage of the knowledge base.", code="no_passages")
+    check_answer(answer, model=model)
     return answer
+
+
+def check_answer(answer: Answer, *, model: str) -> None:
+    """Insist that the model this run made has answered, and that the answer cites a passage.
+
+    Raises:
+        UpstreamFailed: another model did, or passages were retrieved but none of them says what was answered.
+    """
+    asked = repr(answer.question.text)
+    if answer.model != model:
+        raise UpstreamFailed(f"{asked} was answered by {answer.model}, not by the model of this run ({model}).", code="wrong_model")
+    if not any(citation.cited for citation in answer.citations):
+        message = f"{asked} was answered, but neither the model nor the gateway found a passage that says so."
+        raise UpstreamFailed(message, code="not_cited")
 
 
 def _require_success(platform: Platform, run: dict[str, Any]) -> None:
