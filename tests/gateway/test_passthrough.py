@@ -18,6 +18,8 @@ from starlette.types import Receive, Scope, Send
 
 from control_plane.app import create_app
 from control_plane.server import prepare
+from gateway.directory import Directory
+from parampara.errors import Unavailable
 from tests.gateway.conftest import Running
 from tests.gateway.servers import served, wait_until
 
@@ -94,6 +96,14 @@ class Script:
         if scope["path"].endswith("/stream"):
             await self._stream(receive, send)
             return
+        if scope["path"].endswith("/content"):
+            headers = [
+                (b"content-type", b"application/octet-stream"),
+                *([(b"content-length", b"10000")] if b"declared" in scope["query_string"] else []),
+            ]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": b"half of it", "more_body": True})
+            raise ConnectionError("the disk died")  # uvicorn breaks the connection off
         digest, more = hashlib.sha256(), scope["method"] == "POST"
         while more:
             message = await receive()
@@ -168,6 +178,29 @@ def test_an_event_stream_arrives_as_it_is_sent_and_ends_when_the_client_leaves(s
         assert [next(lines) for _ in range(3)] == ["data: 0", "", "data: 1"]
         assert time.monotonic() - began < 5
     wait_until(lambda: bool(script.left), 3)
+
+
+@pytest.mark.parametrize("length", ["declared", "chunked"])
+def test_a_download_that_breaks_off_breaks_off_and_gets_no_error_text_into_it(scripted: tuple[Running, Script], length: str) -> None:
+    gateway, _ = scripted
+    received = []
+    with gateway.http.stream("GET", f"/v1/files/file-1/content?{length}") as response, pytest.raises(httpx.RemoteProtocolError):
+        received.extend(response.iter_bytes())
+    assert b"".join(received) == b"half of it"
+
+
+def test_a_new_key_reaches_its_owner_even_when_the_directory_can_not_be_refreshed(
+    platform: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(self: Directory) -> None:
+        raise Unavailable("The database does not answer just now.")
+
+    monkeypatch.setattr(Directory, "refresh", fail)
+    response = platform.http.post("/v1/api_keys", json={"name": "mine", "scopes": ["chat"]})
+    assert response.status_code < 300, response.text
+    monkeypatch.undo()
+    platform.key = response.json()["key"]
+    assert platform.ask().status_code == 200
 
 
 def _resident() -> int:

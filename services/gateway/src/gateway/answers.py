@@ -35,7 +35,7 @@ class Cited:
     def citing(self, checked: MarkerFilter) -> dict[str, Any]:
         """``annotations`` and ``context`` of a finished text."""
         assert self.grounded is not None
-        marks: list[Mark] = checked.marks or attribute(checked.text, self.grounded.shown)
+        marks: list[Mark] = checked.marks or attribute(checked.text, self.grounded.shown, question=self.grounded.query)
         for mark in marks:
             metrics.CITATIONS.labels(mark.attributed_by).inc()
         passages = self.grounded.passages
@@ -68,7 +68,7 @@ class GroundedStream:
 
     def __init__(self, cited: Cited) -> None:
         self._cited = cited
-        self._filters: dict[int, MarkerFilter] = {}
+        self._choices: dict[int, _Choice] = {}
 
     def rewrite(self, chunk: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The chunks to send for one that came. Before a choice's finish comes one chunk with its citations."""
@@ -80,19 +80,41 @@ class GroundedStream:
 
     def _rewrite(self, envelope: dict[str, Any], choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
         assert self._cited.grounded is not None
-        checked = self._filters.setdefault(choice["index"], MarkerFilter(len(self._cited.grounded.passages)))
+        state = self._choices.setdefault(choice["index"], _Choice(MarkerFilter(len(self._cited.grounded.passages))))
+        checked = state.checked
+        state.hear(choice.get("logprobs"))
         delta, reason = choice.get("delta") or {}, choice.get("finish_reason")
         content = checked.feed(delta.get("content") or "")
         if reason is None:
             if content or not delta.get("content"):
-                yield {**envelope, "choices": [{**choice, "delta": {**delta, **({"content": content} if delta.get("content") else {})}}]}
+                said = {**delta, "content": content} if delta.get("content") else delta
+                yield {**envelope, "choices": [{**choice, "delta": said, "logprobs": state.take_logprobs()}]}
             return
         content += checked.finish()
         if content or any(value for key, value in delta.items() if key != "content"):
-            yield {**envelope, "choices": [{**choice, "delta": {**delta, "content": content}, "finish_reason": None}]}
+            said = {**delta, "content": content}
+            yield {**envelope, "choices": [{**choice, "delta": said, "logprobs": state.take_logprobs(), "finish_reason": None}]}
         bare = {"index": choice["index"], "logprobs": None}
         yield {**envelope, "choices": [{**bare, "delta": self._cited.citing(checked), "finish_reason": None}]}
-        yield {**envelope, "choices": [{**choice, **bare, "delta": {}}]}
+        yield {**envelope, "choices": [{**choice, "delta": {}, "logprobs": state.take_logprobs()}]}
+
+
+@dataclass
+class _Choice:
+    """What is under way in one choice of a stream."""
+
+    checked: MarkerFilter
+    _logprobs: dict[str, Any] | None = None
+
+    def hear(self, logprobs: dict[str, Any] | None) -> None:
+        """Tokens of text that may be held back as a beginning marker: they go out with what goes out next."""
+        if logprobs is not None:
+            before = (self._logprobs or {}).get("content") or []
+            self._logprobs = {**logprobs, "content": [*before, *(logprobs.get("content") or [])]}
+
+    def take_logprobs(self) -> dict[str, Any] | None:
+        taken, self._logprobs = self._logprobs, None
+        return taken
 
 
 def _strip(answer: dict[str, Any]) -> None:

@@ -14,10 +14,13 @@ from typing import Any
 
 from gateway.search import Passage
 
-_MARKER = re.compile(r"[ \t]?\[(\d{1,4}(?:[ \t]*,[ \t]*\d{1,4})*)\]")
+_MOST = 256
+"""Characters between the brackets; a list of all the passages that an answer can have is shorter."""
+_MARKER = re.compile(rf"[ \t]?\[(?=[\d, \t]{{1,{_MOST}}}\])(\d{{1,4}}(?:[ \t]*,[ \t]*\d{{1,4}})*)\]")
 # what may still become a marker: held back until the next piece of text decides
-_OPEN = re.compile(r"(?:[ \t]|[ \t]?\[[\d, \t]{0,16})\Z")
-_SENTENCE = re.compile(r"[^\n.!?।]+(?:[.!?।]+(?=\s|\Z)|[.!?।](?=\S)[^\n.!?।]*)*[.!?।]*")
+_OPEN = re.compile(rf"(?:[ \t]|[ \t]?\[[\d, \t]{{0,{_MOST}}})\Z")
+# possessive: a run of marks is tried once and not at each of its places, which took seconds for a few thousand of them
+_SENTENCE = re.compile(r"[^\n.!?।]+(?:[.!?।]++(?=[^\s.!?।])[^\n.!?।]+)*[.!?।]*")
 _WORD = re.compile(r"\w+")
 _MIN_COVERAGE = 0.5
 _MIN_SHARED = 2
@@ -77,23 +80,54 @@ class MarkerFilter:
         return out
 
 
-def attribute(text: str, passages: Sequence[str]) -> list[Mark]:
+def attribute(text: str, passages: Sequence[str], *, question: str = "") -> list[Mark]:
     """Cite for each sentence or line the passage that holds most of its words, if it holds at least half of their weight.
 
-    A word weighs more the fewer of the passages hold it, so words that all of them share decide nothing.
+    A word weighs more the fewer of the passages hold it, so words that all of them share decide nothing. Where that finds nothing,
+    the first sentence is read as the answer to ``question``: ``Sun`` says too little by itself, ``who rules Krittika: Sun`` does not.
     """
     words = [_words(passage) for passage in passages]
+    sentences = list(_SENTENCE.finditer(text))
     marks = []
-    for match in _SENTENCE.finditer(text):
-        best, coverage = _best(_words(_LABEL.sub("", match.group(0), count=1)), words)
+    for match in sentences:
+        best, coverage = _best(_words(_said(match)), words)
         if coverage >= _MIN_COVERAGE:
-            start = match.start() + len(match.group(0)) - len(match.group(0).lstrip())
-            marks.append(Mark(start, start + len(match.group(0).strip()), best + 1, "gateway"))
+            marks.append(_mark(match, best))
+    if not marks and question and sentences and (found := _answering(_said(sentences[0]), question, passages)) is not None:
+        marks.append(_mark(sentences[0], found))
     return marks
 
 
+def _said(sentence: re.Match[str]) -> str:
+    return _LABEL.sub("", sentence.group(0), count=1)
+
+
+def _mark(sentence: re.Match[str], passage: int) -> Mark:
+    start = sentence.start() + len(sentence.group(0)) - len(sentence.group(0).lstrip())
+    return Mark(start, start + len(sentence.group(0).strip()), passage + 1, "gateway")
+
+
+def _answering(answer: str, question: str, passages: Sequence[str]) -> int | None:
+    """The passage that holds every word of a short answer, however short the word, and what the question is about.
+
+    That is half of the weight of those words of the question that any passage holds, the rarest of them included: a passage on
+    another star may share all the rest.
+    """
+    own, words = set(_WORD.findall(answer.casefold())), [_words(passage) for passage in passages]
+    weights = _weights(_words(question) & set().union(*words), words)
+    most, total = max(weights.values(), default=0.0), sum(weights.values())
+    telling = {word for word, weight in weights.items() if weight == most}
+    for number, passage in enumerate(passages):
+        shared = weights.keys() & words[number]
+        if not own or not own <= set(_WORD.findall(passage.casefold())) or not telling <= shared or len(shared) < _MIN_SHARED:
+            continue
+        if sum(weights[word] for word in shared) >= _MIN_COVERAGE * total:
+            return number
+    return None
+
+
 def _best(sentence: set[str], passages: list[set[str]]) -> tuple[int, float]:
-    weights = {word: math.log(1 + len(passages) / (0.5 + sum(word in passage for passage in passages))) for word in sentence}
+    weights = _weights(sentence, passages)
     total = sum(weights.values())
     scores = [sum(weight for word, weight in weights.items() if word in passage) for passage in passages]
     if not total or not scores:
@@ -101,6 +135,10 @@ def _best(sentence: set[str], passages: list[set[str]]) -> tuple[int, float]:
     best = max(range(len(scores)), key=scores.__getitem__)
     shared = sum(word in passages[best] for word in sentence)
     return best, scores[best] / total if shared >= _MIN_SHARED else 0.0
+
+
+def _weights(words: set[str], passages: list[set[str]]) -> dict[str, float]:
+    return {word: math.log(1 + len(passages) / (0.5 + sum(word in passage for passage in passages))) for word in words}
 
 
 def _words(text: str) -> set[str]:

@@ -48,6 +48,7 @@ class Exchange:
         self.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         self.status = 499
         self.started = False
+        self._sends_events = False
         self.principal: Principal | None = None
         self.route = "unmatched"
         self.model: str | None = None
@@ -138,10 +139,17 @@ class Exchange:
         await self.write(content, more=False)
 
     async def fail(self, error: Exception) -> None:
-        """Answer with an error; once a stream has begun the error becomes its last event, as the OpenAI SDK expects it."""
+        """Answer with an error; once an event stream has begun the error becomes its last event, as the OpenAI SDK expects it.
+
+        Raises:
+            Exception: ``error`` itself, when anything else is under way. Only a connection that breaks off tells the client that
+                a download is not complete: text after it would pass for a part of it.
+        """
         if not self.started:
             await error_response(error)(self.scope, self._receive, self.send)
             return
+        if not self._sends_events:
+            raise error
         await self.write(b"data: " + orjson.dumps(to_error(error).body()) + b"\n\n", more=False)
 
     async def send(self, message: Message) -> None:
@@ -150,6 +158,7 @@ class Exchange:
             self.started = True
             self.status = message["status"]
             headers = [(name, value) for name, value in message.get("headers", []) if name.lower() != b"x-request-id"]
+            self._sends_events = any(name.lower() == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers)
             message = {**message, "headers": [*headers, (b"x-request-id", self.request_id.encode())]}
         await self._send(message)
 
@@ -160,7 +169,7 @@ Handler = Callable[[Exchange], Awaitable[None]]
 def refuse_large_headers(scope: Scope) -> None:
     size = sum(len(name) + len(value) for name, value in scope["headers"])
     if size > MAX_HEADER_BYTES:
-        error = ParamparaError(f"The request headers have {size} bytes; the limit is {MAX_HEADER_BYTES}.", code="headerstoo_large")
+        error = ParamparaError(f"The request headers have {size} bytes; the limit is {MAX_HEADER_BYTES}.", code="headers_too_large")
         error.status, error.type = 431, "invalid_request_error"
         raise error
 

@@ -26,7 +26,7 @@ def _number(low: float, high: float, *, integer: bool = False) -> Check:
         right_type = isinstance(value, int if integer else int | float) and not isinstance(value, bool)
         if not right_type or not low <= value <= high:
             kind = "a whole number" if integer else "a number"
-            raise InvalidRequest(f"{name} must be {kind} from {low:g} to {high:g} (got {_shown(value)}).", param=name)
+            raise InvalidRequest(f"{name} must be {kind} from {low:,} to {high:,} (got {shown(value)}).", param=name)
         return value
 
     return check
@@ -34,14 +34,15 @@ def _number(low: float, high: float, *, integer: bool = False) -> Check:
 
 def _boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise InvalidRequest(f"{name} must be true or false (got {_shown(value)}).", param=name)
+        raise InvalidRequest(f"{name} must be true or false (got {shown(value)}).", param=name)
     return value
 
 
 def _stop(name: str, value: Any) -> Any:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or len(texts) > MAX_STOP or not all(isinstance(text, str) and 0 < len(text) <= 256 for text in texts):
-        raise InvalidRequest(f"{name} must be a string, or a list of at most {MAX_STOP}, of 1 to 256 characters each.", param=name)
+        rule = f"a string, or a list of at most {MAX_STOP}, of 1 to 256 characters each"
+        raise InvalidRequest(f"{name} must be {rule} (got {shown(value)}).", param=name)
     return value
 
 
@@ -205,7 +206,7 @@ def _add_tool_choice(request: Generation, choice: Any, has_functions: bool, sett
             request.body["tool_choice"] = choice or "auto"
         return
     if choice != "required" and not (isinstance(choice, dict) and choice.get("type") == "function"):
-        raise InvalidRequest(f'tool_choice must be "none", "auto", "required" or name a tool (got {_shown(choice)}).', param="tool_choice")
+        raise InvalidRequest(f'tool_choice must be "none", "auto", "required" or name a tool (got {shown(choice)}).', param="tool_choice")
     if not has_functions:
         if choice == "required" and request.file_search is not None:
             return
@@ -220,9 +221,7 @@ def _add_response_format(request: Generation, value: Any, settings: GatewaySetti
         return
     kind = value.get("type") if isinstance(value, dict) else None
     if kind not in ("text", "json_object", "json_schema"):
-        raise InvalidRequest(
-            f"response_format.type must be text, json_object or json_schema (got {_shown(kind)}).", param="response_format"
-        )
+        raise InvalidRequest(f"response_format.type must be text, json_object or json_schema (got {shown(kind)}).", param="response_format")
     if kind == "text":
         return
     if not settings.structured_outputs:
@@ -257,6 +256,7 @@ def _missing(value: Any) -> str:
     return "missing_required_parameter" if value is None else "invalid_value"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in an error message, however long it is."""
     text = ascii(value)
     return text if len(text) <= 80 else text[:77] + "..."

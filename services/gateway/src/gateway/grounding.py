@@ -16,7 +16,7 @@ Count = Callable[[list[dict[str, Any]]], Awaitable[int]]
 Messages = list[dict[str, Any]]
 _MIN_PASSAGE = 120
 """Characters under which a passage that had to be cut says too little to be worth laying down."""
-_BRACKETED_NUMBER = re.compile(r"\[(\d{1,4})\]")
+_MARKER = re.compile(r"\[(\d{1,4}(?:\s*,\s*\d{1,4})*)\]")
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ async def ground(
     Raises:
         InvalidRequest: ``context_length_exceeded``, the conversation alone leaves no room for an answer.
     """
-    # a passage that holds "[2]" itself would be mistaken for passage 2
-    texts = [_BRACKETED_NUMBER.sub(r"(\1)", passage.text) for passage in passages]
+    # a passage that holds "[2]" or "[2, 3]" itself would be mistaken for passage 2
+    texts = [_MARKER.sub(r"(\1)", passage.text) for passage in passages]
     if window is None:
         return _grounded(messages, passages, texts, query, max_tokens)
     room = window - min(max_tokens, window // 2) if max_tokens else window - min(answer_tokens, window // 4)

@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import aiohttp
+import structlog
 from yarl import URL
 
 from gateway.directory import Directory
 from gateway.exchange import ClientGone, Exchange, too_large
 from gateway.upstream import calling
-from parampara.errors import NotFound, ParamparaError
+from parampara.errors import NotFound, ParamparaError, Unavailable
 from parampara.settings import Settings
 
 PREFIXES = tuple(
@@ -26,6 +27,9 @@ _NOT_FORWARDED = _HOP_BY_HOP | {"host", "x-request-id", "expect"}
 _NOT_RETURNED = _HOP_BY_HOP | {"date", "server", "x-request-id"}
 # silence is normal in an event stream; the control plane sends a ping well before this
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=2, sock_read=600)
+
+
+log = structlog.get_logger("gateway.passthrough")
 
 
 def belongs_to_control_plane(path: str) -> bool:
@@ -70,8 +74,18 @@ class Passthrough:
             self._client.request(exchange.method, url, headers=kept, data=data, timeout=_TIMEOUT, allow_redirects=False) as response,
         ):
             if exchange.method != "GET" and exchange.path.startswith(_CHANGES_DIRECTORY):
-                await self._directory.refresh()  # who has changed an alias or a key finds it changed in the next request
+                await self._refresh_directory()
             await _return(exchange, response)
+
+    async def _refresh_directory(self) -> None:
+        """Who has changed an alias or a key finds it changed in the next request.
+
+        The answer comes first: it may hold a new key, which is shown this once.
+        """
+        try:
+            await self._directory.refresh()
+        except Unavailable as error:
+            log.warning("keys and aliases not refreshed after a change", cause=repr(error.__cause__))
 
     def _limit(self, path: str) -> int:
         uploads = path.startswith(_UPLOADS)

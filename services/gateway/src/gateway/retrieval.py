@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from gateway import metrics
 from gateway.database import Database
+from gateway.fields import shown
 from gateway.filters import compile_filter
 from gateway.search import Passage, Weights, search
 from gateway.upstream import calling, error_of
@@ -162,7 +163,7 @@ def check_stores(session: Session, ids: Sequence[str], embedding_model: str) -> 
 
 def whole_number(value: Any, low: int, high: int, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise InvalidRequest(f"{where} must be a whole number from {low} to {high}.", param=where)
+        raise InvalidRequest(f"{where} must be a whole number from {low} to {high} (got {shown(value)}).", param=where)
     return value
 
 
@@ -170,7 +171,7 @@ def _fraction(value: Any, where: str, *, high: float = 1.0) -> float:
     if value is None:
         return 0.0
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= high:
-        raise InvalidRequest(f"{where} must be a number from 0 to {high:g}.", param=where)
+        raise InvalidRequest(f"{where} must be a number from 0 to {high:g} (got {shown(value)}).", param=where)
     return float(value)
 
 

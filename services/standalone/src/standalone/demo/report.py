@@ -63,6 +63,12 @@ def stage_row(job: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
     }
 
 
+def remove(folder: Path) -> None:
+    """What an earlier demo told; it must not pass for the story of one that fails."""
+    for name in ("report.json", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+
+
 def write(told: dict[str, Any], folder: Path) -> Path:
     """Write both files and return the page's path."""
     folder.mkdir(parents=True, exist_ok=True)

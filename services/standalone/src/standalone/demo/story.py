@@ -14,7 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from parampara.errors import ParamparaError, UpstreamFailed
+from parampara.errors import InvalidRequest, ParamparaError, UpstreamFailed
+from parampara.schemas.recipe import load_recipe
 from standalone import state
 from standalone.asking import Answer, Question, ask_model
 from standalone.client import Platform, Target
@@ -26,7 +27,6 @@ from standalone.places import Places
 from standalone.processes import tail
 from standalone.submitting import create_run, upload_all
 
-ALIAS = "kp"
 ASKED = (("star_lord", "english", False), ("next_lord", "english", True), ("star_lord", "hinglish", False))
 """Kind, language and whether the answer is streamed, of the three questions; each is taken from the held-out set."""
 
@@ -47,9 +47,15 @@ class Timer:
 
 
 def run_demo(target: Target, console: Console, *, recipe: Path | None, fresh: bool, auto_ports: bool) -> int:
-    """Play the whole demo and return its exit code: 0 only if every stage succeeded and the new model answered every question."""
+    """Play the whole demo and return its exit code: 0 only if every stage succeeded and the new model answered every question.
+
+    Raises:
+        InvalidRequest: the recipe is none, or deploys nothing; said before anything is started.
+    """
     places = target.places
     recipe = recipe or places.project / "recipes" / "tiny-cpu.yaml"
+    alias = alias_of(recipe)
+    report.remove(places.demo)
     console.print(f"Parampara demo: {recipe.name}, from base model to cited answers", style="bold", highlight=False)
     timer, began = Timer(), time.monotonic()
     with ExitStack() as cleanup:
@@ -69,9 +75,9 @@ def run_demo(target: Target, console: Console, *, recipe: Path | None, fresh: bo
             _require_success(platform, run)
             with timer.part("knowledge base"):
                 store = knowledge_base(platform, files["books"], data["books"], console, fresh=fresh)
-                platform.post(f"/aliases/{ALIAS}", {"vector_store_id": store})
+                platform.post(f"/aliases/{alias}", {"vector_store_id": store})
             with timer.part("questions"):
-                answers = [_ask(platform, question, run["model"], console) for question in questions(data["qa_validation"][0])]
+                answers = [_ask(platform, question, run, console) for question in questions(data["qa_validation"][0])]
             timer.parts["total"] = round(time.monotonic() - began, 2)
             told = report.collect(platform, run, answers=answers, timings=timer.parts, recipe=recipe.name, store=store)
             page = report.write(told, places.demo)
@@ -79,13 +85,22 @@ def run_demo(target: Target, console: Console, *, recipe: Path | None, fresh: bo
             return _failed(target, console, error)
         report.show(told, console)
         console.print(f"  report   {page}\n  data     {places.demo / 'data'}", highlight=False, soft_wrap=True)
-        if target.base_url is None:
-            console.print(f"  logs     {places.logs}", highlight=False, soft_wrap=True)
-            console.print('  go on    `make up` serves this model again; then `parampara ask "..."`', highlight=False)
-        else:
-            console.print('  go on    `parampara ask "..."` with the same PARAMPARA_BASE_URL and PARAMPARA_API_KEY', highlight=False)
+        _show_way_on(target, console, ask=f'parampara ask --model {alias} "..."')
         console.print(f"done in {duration(timer.parts['total'])}: every stage succeeded, every question was answered", style="bold green")
     return 0
+
+
+def alias_of(recipe: Path) -> str:
+    """The alias that a recipe deploys under, which is where the demo asks its questions.
+
+    Raises:
+        InvalidRequest: no recipe, or one whose ``deploy`` is null.
+    """
+    deploy = load_recipe(recipe).stages.deploy
+    if deploy is None:
+        message = f"{recipe}: stages.deploy is null, and the demo asks the model that it has deployed; `parampara run submit` takes it."
+        raise InvalidRequest(message, param="recipe.stages.deploy")
+    return deploy.alias
 
 
 def make_data(places: Places, console: Console) -> dict[str, list[Path]]:
@@ -141,18 +156,36 @@ def _stack(target: Target, console: Console, cleanup: ExitStack, *, auto_ports: 
     console.print(f"  stack is up at {running.gateway_url} ({len(running.processes)} processes)", highlight=False)
 
 
-def _ask(platform: Platform, question: Question, model: str, console: Console) -> Answer:
-    """Ask the alias and insist that the model this run made has answered, from retrieved passages."""
+def _show_way_on(target: Target, console: Console, *, ask: str) -> None:
+    if target.base_url is None:
+        console.print(f"  logs     {target.places.logs}", highlight=False, soft_wrap=True)
+        console.print(f"  go on    `make up` serves this model again; then `{ask}`", highlight=False)
+    else:
+        console.print(f"  go on    `{ask}` with the same PARAMPARA_BASE_URL and PARAMPARA_API_KEY", highlight=False)
+
+
+def _ask(platform: Platform, question: Question, run: dict[str, Any], console: Console) -> Answer:
+    """Ask the alias, show what comes and check it."""
     how = "streamed" if question.streamed else "plain"
     console.print(f"\n  [{question.language}, {how}] {question.text}", style="bold", highlight=False, markup=False)
-    answer = ask_model(platform, question, model=ALIAS)
+    answer = ask_model(platform, question, model=run["alias"])
     report.show_answer(answer, console)
-    if answer.model != model:
-        message = f"{question.text!r} was answered by {answer.model}, not by the model of this run ({model})."
-        raise UpstreamFailed(message, code="wrong_model")
-    if not answer.citations:
-        raise UpstreamFailed(f"{question.text!r} was answered without a passage of the knowledge base.", code="no_passages")
+    check_answer(answer, model=run["model"])
     return answer
+
+
+def check_answer(answer: Answer, *, model: str) -> None:
+    """Insist that the model this run made has answered, and that the answer cites a passage.
+
+    Raises:
+        UpstreamFailed: another model did, or passages were retrieved but none of them says what was answered.
+    """
+    asked = repr(answer.question.text)
+    if answer.model != model:
+        raise UpstreamFailed(f"{asked} was answered by {answer.model}, not by the model of this run ({model}).", code="wrong_model")
+    if not any(citation.cited for citation in answer.citations):
+        message = f"{asked} was answered, but neither the model nor the gateway found a passage that says so."
+        raise UpstreamFailed(message, code="not_cited")
 
 
 def _require_success(platform: Platform, run: dict[str, Any]) -> None:
