@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from prometheus_client import Counter, Gauge, Histogram
 
 JOBS = Counter("parampara_jobs", "Attempts that ended, by kind of job and how.", ["kind", "outcome"])
@@ -12,3 +14,11 @@ RUNNING = Gauge("parampara_jobs_running", "Attempts that this worker runs now.",
 HEARTBEAT_AGE = Gauge("parampara_heartbeat_age_seconds", "Seconds since this worker last renewed a lease or looked for a job.")
 STEP = Gauge("parampara_stage_step", "Newest step of the running stage.", ["kind"])
 LOSS = Gauge("parampara_stage_loss", "Newest loss of the running stage.", ["kind"])
+
+_newest_sign = [time.monotonic()]
+HEARTBEAT_AGE.set_function(lambda: time.monotonic() - _newest_sign[0])
+
+
+def sign_of_life() -> None:
+    """The database has just answered this worker: a lease was renewed, or the table looked into."""
+    _newest_sign[0] = time.monotonic()

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from parampara.db.session import is_away, make_engine, make_sessions, transaction
-from parampara.execution import doorbell, leases
+from parampara.execution import doorbell, leases, metrics
 from parampara.execution.supervisor import Supervisor
 from parampara.settings import Settings, get_settings
 from parampara.telemetry import configure_logging, get_logger, start_metrics_server
@@ -94,7 +94,7 @@ class Worker:
 
     def _take(self, job_id: str | None) -> leases.Claim | None:
         limits = self._settings.worker
-        return leases.take(
+        claim = leases.take(
             self._sessions,
             queue=self._queue,
             worker=self._name,
@@ -102,6 +102,8 @@ class Worker:
             max_crashes=limits.max_crashes,
             job_id=job_id,
         )
+        metrics.sign_of_life()
+        return claim
 
 
 def serve(service: str, queue: str) -> int:
