@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import select
 
+from parampara import manifest
 from parampara.db.models import Alias, Artifact, Attempt, Deployment, Event, Job, Model, Outbox
 from parampara.db.session import transaction
 from parampara.errors import ArtifactDamaged, InvalidRequest, NotFound, WrongState
@@ -128,6 +131,42 @@ def test_rubbish_where_an_artifact_was_does_not_stop_the_worker(queue: Any, dama
     queue.start_run(datasets=datasets)
     assert queue.run(queue.claimed()) == "succeeded"
     storage.verify(queue.jobs(first)["dapt"].artifact_id)
+
+
+@pytest.mark.parametrize(("made_by", "read_by"), [("merge", "quantize"), ("quantize", "deploy")])
+def test_a_flipped_byte_of_an_input_is_noticed_before_it_is_read(queue: Any, made_by: str, read_by: str) -> None:
+    run_id = queue.start_run()
+    for name in LINE[: LINE.index(read_by)]:
+        assert queue.run(queue.claimed("train" if name in ("dapt", "sft") else name.partition("_")[0])) == "succeeded"
+    storage = LocalStorage(queue.settings.artifacts_dir)
+    directory = storage.path(queue.jobs(run_id)[made_by].artifact_id)
+    victim = directory / {"merge": "merged.txt", "quantize": "quantized.txt"}[made_by]
+    before, data = victim.stat(), bytearray(victim.read_bytes())
+    data[3] ^= 1
+    victim.write_bytes(data)
+    os.utime(victim, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert queue.run(queue.claimed(read_by)) == "failed"
+    error = queue.jobs(run_id)[read_by].error
+    assert (error["code"], victim.name in error["message"]) == ("artifact_damaged", True)
+
+
+def test_an_input_is_hashed_once_for_all_stages_that_read_it(queue: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    real = manifest.sha256_file
+    monkeypatch.setattr(manifest, "sha256_file", lambda path: hashed.append(path.name) or real(path))
+    queue.start_run()
+    queue.work()
+    # once when published, once when first read: merge, quantize, evaluate and deploy read what others have read before
+    assert (hashed.count("adapter.txt"), hashed.count("merged.txt"), hashed.count("quantized.txt")) == (4, 4, 2)
+
+
+def test_equal_bytes_under_another_suffix_are_another_input(queue: Any) -> None:
+    orders = json.dumps({"steps": 1, "seconds": 0})
+    for name, outcome in (("a.txt", "succeeded"), ("a.jsonl", "succeeded"), ("b.txt", "reused")):
+        datasets = {"books": [queue.upload(orders, name)], "qa": [queue.upload("{}", "qa.jsonl")]}
+        run_id = queue.start_run(datasets=datasets)
+        claim = queue.claimed()
+        assert (claim.run_id, queue.run(claim)) == (run_id, outcome)
 
 
 def test_held_by_a_gate_succeeds_without_deploying(queue: Any) -> None:
