@@ -24,7 +24,7 @@ LINE = ["dapt", "merge_dapt", "sft", "merge", "quantize", "evaluate", "deploy"]
 
 
 def test_a_run_goes_through_all_stages_and_is_served(queue: Any) -> None:
-    run_id = queue.start_run(gates=[{"metric": "half", "min": 0.4, "action": "fail"}])
+    run_id = queue.start_run(gates=[{"metric": "exact.sft", "min": 0.4, "action": "fail"}])
     assert list(queue.states(run_id).values()) == ["queued"] + ["waiting"] * 6
     assert queue.work() == [f"{name}:succeeded" for name in LINE]
     run, jobs = queue.the_run(run_id), queue.jobs(run_id)
@@ -170,7 +170,7 @@ def test_equal_bytes_under_another_suffix_are_another_input(queue: Any) -> None:
 
 
 def test_held_by_a_gate_succeeds_without_deploying(queue: Any) -> None:
-    run_id = queue.start_run(gates=[{"metric": "half", "min": 0.9, "action": "hold"}])
+    run_id = queue.start_run(gates=[{"metric": "exact.sft", "min": 0.9, "action": "hold"}])
     queue.work()
     run, deploy = queue.the_run(run_id), queue.jobs(run_id)["deploy"]
     assert (run.state, run.gate) == ("succeeded", "hold")
@@ -186,18 +186,18 @@ def test_held_by_a_gate_succeeds_without_deploying(queue: Any) -> None:
 
 @pytest.mark.parametrize("deploy", ["kp", None])
 def test_failed_by_a_gate_fails_the_run(queue: Any, deploy: str | None) -> None:
-    run_id = queue.start_run(gates=[{"metric": "half", "min": 0.9, "action": "fail"}], deploy=deploy)
+    run_id = queue.start_run(gates=[{"metric": "exact.sft", "min": 0.9, "action": "fail"}], deploy=deploy)
     queue.work()
     run = queue.the_run(run_id)
     assert (run.state, run.gate, run.model) == ("failed", "fail", None)
     assert run.error["code"] == "gate_failed"
-    assert "half = 0.5, wanted at least 0.9" in run.error["message"]
+    assert "exact.sft = 0.5, wanted at least 0.9" in run.error["message"]
     with pytest.raises(WrongState, match="failed by a gate"), transaction(queue.sessions) as session:
         retry_run(session, run_id)
 
 
 def test_a_missed_gate_that_only_warns_promotes(queue: Any) -> None:
-    run_id = queue.start_run(gates=[{"metric": "half", "min": 0.9, "action": "promote"}])
+    run_id = queue.start_run(gates=[{"metric": "exact.sft", "min": 0.9, "action": "promote"}])
     queue.work()
     assert (queue.the_run(run_id).state, queue.states(run_id)["deploy"]) == ("succeeded", "succeeded")
 
