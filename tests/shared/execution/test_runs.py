@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import func, select, update
 
 from parampara import manifest
 from parampara.db.models import Alias, Artifact, Attempt, Deployment, Event, Job, Model, Outbox
@@ -232,6 +233,12 @@ def test_cancelling_a_run_cancels_what_waits_and_retry_brings_it_back(queue: Any
     assert queue.job(claim.job_id).cancel_requested
     assert set(queue.states(run_id).values()) == {"running", "cancelled"}
     assert queue.the_run(run_id).state not in ("cancelled", "succeeded", "failed")  # until the worker has really stopped
+    for retry, name in ((retry_run, run_id), (retry_job, queue.jobs(run_id)["sft"].id)):
+        with (
+            pytest.raises(WrongState, match=r"still being cancelled .dapt is stopping.; retry once"),
+            transaction(queue.sessions) as session,
+        ):
+            retry(session, name)
     assert queue.run(claim) == "cancelled"
     assert queue.the_run(run_id).state == "cancelled"
     assert set(queue.states(run_id).values()) == {"cancelled"}
@@ -241,6 +248,38 @@ def test_cancelling_a_run_cancels_what_waits_and_retry_brings_it_back(queue: Any
         retry_run(session, run_id)
     queue.work()
     assert queue.the_run(run_id).state == "succeeded"
+
+
+def test_a_retried_job_starts_its_clock_anew(queue: Any) -> None:
+    job_id = queue.enqueue(exit="diverged", at=1)
+    queue.run(queue.claimed())
+    with transaction(queue.sessions) as session:
+        long_ago = func.now() - timedelta(days=3)
+        session.execute(update(Job).values(started_at=long_ago, finished_at=long_ago))
+    with transaction(queue.sessions) as session:
+        retry_job(session, job_id)
+    assert queue.job(job_id).started_at is None
+    queue.run(queue.claimed())
+    job = queue.job(job_id)
+    assert job.finished_at - job.started_at < timedelta(hours=1)
+
+
+def test_two_runs_whose_ids_begin_alike_have_two_models(queue: Any) -> None:
+    datasets = {"books": [queue.book()], "qa": [queue.upload("{}", "qa.jsonl")]}
+    first = queue.start_run(datasets=datasets)
+    queue.work()
+    taken = queue.the_run(first).model
+    second = queue.start_run(datasets=datasets, seed=43)
+    with transaction(queue.sessions) as session:  # as if the first run's id began with the same digits
+        values = {"base_model": "tiny", "artifact_id": queue.jobs(first)["quantize"].artifact_id, "run_id": first}
+        session.add(Model(id=taken.replace(first[4:12], second[4:12]), **values))
+    queue.work()
+    run = queue.the_run(second)
+    assert run.model == taken.replace(first[4:12], second[4:16])
+    with queue.sessions() as session:
+        model = session.get_one(Model, run.model)
+        assert (model.artifact_id, model.run_id) == (queue.jobs(second)["quantize"].artifact_id, second)
+        assert session.get_one(Alias, "kp").model == run.model
 
 
 def test_a_cancel_while_the_product_is_published_is_heard(queue: Any, monkeypatch: pytest.MonkeyPatch) -> None:
