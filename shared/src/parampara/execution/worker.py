@@ -114,7 +114,7 @@ def serve(service: str, queue: str) -> int:
     app = doorbell.make_app(settings)
     worker = Worker(settings, make_sessions(engine), app, service=service, queue=queue)
     if settings.worker.metrics_port is not None:
-        start_metrics_server(settings.worker.metrics_port, ready=worker.faults)
+        start_metrics_server(settings.worker.metrics_port, host=settings.worker.metrics_host, ready=worker.faults)
     worker.start_polling()
     try:
         _consume(app, worker, queue)
