@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 from parampara.errors import ArtifactDamaged, NotFound
 from parampara.manifest import MANIFEST_NAME, Manifest, describe, verify
 from parampara.schemas.stages import ArtifactKind
+
+_ABANDONED_SECONDS = 24 * 3600.0
 
 
 class LocalStorage:
@@ -53,6 +56,7 @@ class LocalStorage:
             fsync_tree(stage)
             target = self._path(manifest.id)
             target.parent.mkdir(parents=True, exist_ok=True)
+            fsync_directory(self.root)
             self._set_aside_if_damaged(manifest)
             if not target.exists():
                 try:
@@ -114,6 +118,13 @@ class LocalStorage:
     def delete(self, artifact_id: str) -> None:
         shutil.rmtree(self._path(artifact_id), ignore_errors=True)
 
+    def sweep(self, *, older_than_seconds: float = _ABANDONED_SECONDS) -> list[Path]:
+        """Remove what publishers that were killed left aside; returns the directories. The age keeps those alive safe."""
+        old = [path for path in self._staging.iterdir() if _age(path) > older_than_seconds]
+        for path in old:
+            shutil.rmtree(path, ignore_errors=True)
+        return old
+
     def _set_aside_if_damaged(self, manifest: Manifest) -> None:
         """Make room for an equal artifact whose stored copy has rotted: publishing it again heals the store."""
         target = self._path(manifest.id)
@@ -171,6 +182,14 @@ def _state_of(directory: Path, manifest: Manifest) -> bytes:
     stats = [(entry.path, path.lstat()) for entry in manifest.files if os.path.lexists(path := directory / entry.path)]
     told = [[str(directory)], *([name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino] for name, stat in stats)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest().encode()
+
+
+def _age(path: Path) -> float:
+    """Seconds since a directory was renamed to its place or an entry was made in it."""
+    try:
+        return time.time() - path.lstat().st_ctime
+    except FileNotFoundError:  # published meanwhile
+        return 0.0
 
 
 def _moved(source: Path, target: Path) -> bool:

@@ -21,6 +21,7 @@ from parampara.db.session import is_away, make_engine, make_sessions, transactio
 from parampara.execution import doorbell, leases, metrics
 from parampara.execution.supervisor import Supervisor
 from parampara.settings import Settings, get_settings
+from parampara.storage import LocalStorage
 from parampara.telemetry import configure_logging, get_logger, start_metrics_server
 
 _log = get_logger(__name__)
@@ -115,6 +116,7 @@ def serve(service: str, queue: str) -> int:
     worker = Worker(settings, make_sessions(engine), app, service=service, queue=queue)
     if settings.worker.metrics_port is not None:
         start_metrics_server(settings.worker.metrics_port, host=settings.worker.metrics_host, ready=worker.faults)
+    LocalStorage(settings.artifacts_dir).sweep()
     worker.start_polling()
     try:
         _consume(app, worker, queue)
