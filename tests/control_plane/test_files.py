@@ -180,11 +180,15 @@ def test_a_form_without_its_end_leaves_nothing(client: TestClient, plane_setting
     assert stored(plane_settings) == []
 
 
-def test_a_full_disk_is_a_503_and_leaves_nothing(client: TestClient, plane_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(fd: int) -> None:
+@pytest.mark.parametrize("which", ["the bytes", "the folder"])
+def test_a_full_disk_is_a_503_and_leaves_nothing(
+    which: str, client: TestClient, plane_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("control_plane.services.files.os.fsync", full)
+    function = {"the bytes": "os.fsync", "the folder": "fsync_directory"}[which]
+    monkeypatch.setattr(f"control_plane.services.files.{function}", full)
     answer = client.post("/v1/files", files={"file": ("a.txt", b"x")}, data={"purpose": "user_data"})
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "storage_full"

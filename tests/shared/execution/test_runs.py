@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import Text, cast, func, literal_column, select, update
 
 from parampara import manifest
 from parampara.db.models import Alias, Artifact, Attempt, Deployment, Event, Job, Model, Outbox
@@ -63,8 +63,11 @@ def test_every_queued_job_has_its_doorbell_in_the_same_transaction(queue: Any) -
     run_id = queue.start_run()
     queue.work()
     with queue.sessions() as session:
-        rung = set(session.scalars(select(Outbox.job_id)))
-    assert rung == {job.id for job in queue.jobs(run_id).values()}
+        rows = session.execute(select(Outbox.job_id, cast(literal_column("outbox.xmin"), Text))).tuples().all()
+        queued = select(Event.job_id, cast(Event.xid, Text)).where(Event.job_id.is_not(None), Event.data["state"].astext == "queued")
+        told = set(session.execute(queued).tuples())
+    assert {job_id for job_id, _ in rows} == {job.id for job in queue.jobs(run_id).values()}
+    assert set(rows) == told, "written by the transaction that queued the job"
 
 
 def test_a_second_equal_run_reuses_every_product(queue: Any) -> None:

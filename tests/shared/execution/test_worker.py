@@ -159,10 +159,10 @@ def test_the_heartbeat_age_of_an_idle_worker_starts_anew_with_every_look(
     queue: Any, sessions: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "_newest_sign", [time.monotonic() - 1000])
-    (before,) = metrics.HEARTBEAT_AGE.collect()[0].samples
+    (before,) = next(iter(metrics.HEARTBEAT_AGE.collect())).samples
     worker = Worker(queue.settings, sessions, make_app(queue.settings), service="sleepy", queue="train")
     assert worker.offer() == 0
-    (after,) = metrics.HEARTBEAT_AGE.collect()[0].samples
+    (after,) = next(iter(metrics.HEARTBEAT_AGE.collect())).samples
     assert (before.value > 900, after.value < 500) == (True, True)
 
 
