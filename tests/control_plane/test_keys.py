@@ -6,6 +6,7 @@ import logging
 import re
 import stat
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -163,8 +164,11 @@ def test_two_administrators_can_not_revoke_each_other_at_once(client: TestClient
         threading.Thread(target=client.delete, args=(f"/v1/api_keys/{second['id']}",)),
         threading.Thread(target=other.delete, args=(f"/v1/api_keys/{first}",)),
     ]
-    for thread in threads:
-        thread.start()
+    with transaction(sessions) as holder:  # both requests are inside, and neither has written
+        holder.execute(text("SELECT * FROM api_keys FOR UPDATE"))
+        for thread in threads:
+            thread.start()
+        _wait_for_blocked(sessions, 2)
     for thread in threads:
         thread.join()
     with transaction(sessions) as session:
@@ -187,3 +191,15 @@ def test_a_bad_key_request_names_the_field(client: TestClient, body: Any, param:
     answer = client.post("/v1/api_keys", json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
+
+
+def _wait_for_blocked(sessions: sessionmaker[Session], count: int) -> None:
+    """Until so many statements on this database wait for a lock."""
+    waiting = text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'")
+    deadline = time.monotonic() + 30
+    while True:
+        with sessions() as session:
+            if session.execute(waiting).scalar_one() >= count:
+                return
+        assert time.monotonic() < deadline, "the requests never met"
+        time.sleep(0.02)

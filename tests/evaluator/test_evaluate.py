@@ -15,8 +15,9 @@ from evaluator.line import members
 from parampara.errors import InvalidData, InvalidRequest, Preempted
 from parampara.execution import stop
 from parampara.progress import SilentProgress
+from parampara.schemas.metrics import is_reported
 from parampara.schemas.stages import EvaluateParams, EvaluateResult, Gate
-from tests.evaluator.lines import Line
+from tests.evaluator.lines import FORMATS, Line
 
 GATES = [
     Gate(metric="parity.merged.recovered", min=0.99, action="fail"),
@@ -62,6 +63,7 @@ def test_every_promised_metric_is_there(done: tuple[EvaluateResult, Recorded]) -
         "language.reference.hinglish",
         "parity.merged.differs_from_base",
     } <= metrics.keys()
+    assert [name for name in metrics if not is_reported(name, formats=FORMATS)] == [], "a gate may name each of them"
 
 
 def test_the_parts_agree_with_each_other(done: tuple[EvaluateResult, Recorded]) -> None:
@@ -111,7 +113,7 @@ def test_a_wish_to_stop_leaves_nothing(line: Line, tmp_path: Path) -> None:
 
 def test_a_broken_format_is_refused_before_any_model_is_loaded(line: Line, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="not a regular expression"):
-        run(line.config(params=EvaluateParams(formats={"x": "("})), workdir=tmp_path, progress=SilentProgress())
+        run(line.config(params=EvaluateParams.model_construct(formats={"x": "("})), workdir=tmp_path, progress=SilentProgress())
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
-from prometheus_client import REGISTRY
-from sqlalchemy import func, select, update
+from sqlalchemy import create_engine, func, make_url, select, text, update
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.pool import NullPool
 
 from parampara.db.models import Artifact, Attempt, Event, Job
 from parampara.db.session import transaction
@@ -184,14 +184,6 @@ def test_a_stage_that_ignores_sigterm_is_killed(queue: Any) -> None:
     assert not psutil.pid_exists(pid)
 
 
-def test_an_idle_worker_tells_no_growing_heartbeat_age(queue: Any) -> None:
-    """An alert on the age would go off some time after every job."""
-    queue.enqueue(steps=1)
-    assert queue.run(queue.claimed()) == "succeeded"
-    time.sleep(0.01)
-    assert REGISTRY.get_sample_value("parampara_heartbeat_age_seconds") == 0
-
-
 def test_a_stopping_worker_gives_the_job_back_and_the_next_attempt_resumes(queue: Any) -> None:
     job_id = queue.enqueue(steps=60, seconds=0.02)
     with running(queue) as outcome:
@@ -230,6 +222,43 @@ def test_a_lost_lease_kills_the_stage_and_writes_nothing(queue: Any) -> None:
     job = queue.job(job_id)
     assert (job.state, job.owner, job.progress) == ("running", "other", before)
     assert attempts(queue, job_id)[0].state == "running"  # whoever took the job closes it
+
+
+@contextmanager
+def database_hangs(queue: Any) -> Iterator[None]:
+    """Every statement on jobs waits."""
+    with queue.sessions() as session, session.begin():
+        session.execute(text("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE"))
+        yield
+
+
+@contextmanager
+def database_refuses(queue: Any) -> Iterator[None]:
+    """Every connection is refused."""
+    url = make_url(queue.settings.database.url)
+    other = create_engine(url.set(database="postgres"), poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with other.connect() as connection:
+        connection.execute(text(f"ALTER DATABASE {url.database} ALLOW_CONNECTIONS false"))
+        connection.execute(text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"), {"name": url.database})
+        yield
+        connection.execute(text(f"ALTER DATABASE {url.database} ALLOW_CONNECTIONS true"))
+
+
+@pytest.mark.parametrize("away", [database_hangs, database_refuses])
+def test_without_the_database_for_longer_than_the_lease_the_stage_is_stopped_and_nothing_counts(queue: Any, away: Any) -> None:
+    job_id = queue.enqueue(steps=10_000, seconds=0.01)
+    with running(queue) as outcome:
+        pid = wait_for_step(queue, job_id, 2)
+        with away(queue):
+            deadline = time.monotonic() + 60
+            while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                assert time.monotonic() < deadline, "the stage went on without a lease"
+                time.sleep(0.05)
+            assert outcome == []  # it waits to write how it ended
+    assert outcome == ["preempted"]
+    job, (attempt,) = queue.job(job_id), attempts(queue, job_id)
+    assert (job.state, job.crashes, attempt.state) == ("queued", 0, "preempted")
+    assert "away for longer than the lease" in attempt.error["message"]
 
 
 def test_two_attempts_never_run_in_one_workdir(queue: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import structlog
@@ -16,6 +17,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from control_plane.app import create_app
 from control_plane.services.files import sweep
+from control_plane.services.health import schema_fault
 from control_plane.services.keys import bootstrap_admin
 from parampara.db import migrate
 from parampara.db.session import make_engine, make_sessions
@@ -35,14 +37,14 @@ def serve(settings: Settings, *, host: str, port: int, migrate_first: bool = Tru
     """Serve until SIGTERM or SIGINT.
 
     Raises:
-        Unavailable: the port is taken, or the database did not answer within a minute.
+        Unavailable: the port is taken, or within a minute the database did not answer or had no schema (without
+            ``migrate_first``).
     """
     configure_logging("control_plane", log_format=settings.log_format, level=settings.log_level)
     listener = _listen(host, port)
-    if migrate_first:
-        _migrate(settings)
     engine = make_engine(settings.database, application="control_plane")
     sessions = make_sessions(engine)
+    _wait_for_database((lambda: migrate.upgrade(settings.database.url)) if migrate_first else (lambda: _require_schema(sessions)))
     prepare(settings, sessions)
     stop = threading.Event()
     reconciler = threading.Thread(target=Reconciler(settings, sessions).run, args=(stop,), name="reconciler", daemon=True)
@@ -92,13 +94,20 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _migrate(settings: Settings) -> None:
+def _require_schema(sessions: sessionmaker[Session]) -> None:
+    if (fault := schema_fault(sessions)) is not None:
+        raise Unavailable(f"The database is not ready: {fault}.")
+
+
+def _wait_for_database(ask: Callable[[], None]) -> None:
     deadline = time.monotonic() + _DATABASE_WAIT_SECONDS
     while True:
         try:
-            return migrate.upgrade(settings.database.url)
-        except OperationalError as error:
+            return ask()
+        except (OperationalError, Unavailable) as error:
             if time.monotonic() > deadline:
+                if isinstance(error, Unavailable):
+                    raise
                 raise Unavailable(f"The database does not answer ({error.orig}); is PARAMPARA_DATABASE__URL right?") from error
-            log.warning("waiting for the database")
+            log.warning("waiting for the database", error=str(error).splitlines()[0])
             time.sleep(1)

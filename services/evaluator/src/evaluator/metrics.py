@@ -1,4 +1,4 @@
-"""From measurements to the flat metrics that gates name; ``EvaluateResult.metrics`` documents the names."""
+"""From measurements to the flat metrics that gates name; ``parampara.schemas.metrics`` lists the names."""
 
 from __future__ import annotations
 

@@ -18,9 +18,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from parampara.db.session import is_away, make_engine, make_sessions, transaction
-from parampara.execution import doorbell, leases
+from parampara.execution import doorbell, leases, metrics
 from parampara.execution.supervisor import Supervisor
 from parampara.settings import Settings, get_settings
+from parampara.storage import LocalStorage
 from parampara.telemetry import configure_logging, get_logger, start_metrics_server
 
 _log = get_logger(__name__)
@@ -94,7 +95,7 @@ class Worker:
 
     def _take(self, job_id: str | None) -> leases.Claim | None:
         limits = self._settings.worker
-        return leases.take(
+        claim = leases.take(
             self._sessions,
             queue=self._queue,
             worker=self._name,
@@ -102,6 +103,8 @@ class Worker:
             max_crashes=limits.max_crashes,
             job_id=job_id,
         )
+        metrics.sign_of_life()
+        return claim
 
 
 def serve(service: str, queue: str) -> int:
@@ -112,7 +115,8 @@ def serve(service: str, queue: str) -> int:
     app = doorbell.make_app(settings)
     worker = Worker(settings, make_sessions(engine), app, service=service, queue=queue)
     if settings.worker.metrics_port is not None:
-        start_metrics_server(settings.worker.metrics_port, ready=worker.faults)
+        start_metrics_server(settings.worker.metrics_port, host=settings.worker.metrics_host, ready=worker.faults)
+    LocalStorage(settings.artifacts_dir).sweep()
     worker.start_polling()
     try:
         _consume(app, worker, queue)

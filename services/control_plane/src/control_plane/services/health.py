@@ -34,11 +34,6 @@ def gauges(sessions: sessionmaker[Session], settings: Settings) -> bytes:
     return _disks(settings) + _rows(sessions)
 
 
-@lru_cache
-def newest_revision() -> str | None:
-    return ScriptDirectory(str(Path(migrate.__file__).with_name("migrations"))).get_current_head()
-
-
 def _disks(settings: Settings) -> bytes:
     """Folders may lie on disks of their own: each is told."""
     registry = CollectorRegistry()
@@ -74,15 +69,30 @@ def _rows(sessions: sessionmaker[Session]) -> bytes:
     return generate_latest(registry)
 
 
+@lru_cache
+def newest_revision() -> str | None:
+    return ScriptDirectory(str(Path(migrate.__file__).with_name("migrations"))).get_current_head()
+
+
+def schema_fault(sessions: sessionmaker[Session]) -> str | None:
+    """What keeps the schema from being the newest; None when it is.
+
+    Raises:
+        SQLAlchemyError: the database does not answer.
+    """
+    with transaction(sessions) as session:
+        revision = MigrationContext.configure(session.connection()).get_current_revision()
+    if revision == newest_revision():
+        return None
+    return f"schema {revision} is not {newest_revision()}; run python -m parampara.db.migrate"
+
+
 def _database(sessions: sessionmaker[Session]) -> Check:
     try:
-        with transaction(sessions) as session:
-            revision = MigrationContext.configure(session.connection()).get_current_revision()
+        fault = schema_fault(sessions)
     except SQLAlchemyError as error:
         return Check(ok=False, required=True, detail=f"does not answer: {type(error).__name__}")
-    if revision != newest_revision():
-        return Check(ok=False, required=True, detail=f"schema {revision} is not {newest_revision()}; run python -m parampara.db.migrate")
-    return Check(ok=True, required=True, detail=f"schema {revision}")
+    return Check(ok=fault is None, required=True, detail=fault or f"schema {newest_revision()}")
 
 
 def _redis(url: str) -> Check:
