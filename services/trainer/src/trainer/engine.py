@@ -129,6 +129,12 @@ def _plan(config: Config, data: StageData, progress: Progress) -> Plan:
         progress.event(
             f"{data.facts['truncated_rows']} rows are longer than max_seq_length ({train.max_seq_length}) and were cut", level="warn"
         )
+    if data.facts.get("asked_in_both"):
+        progress.event(
+            f"{data.facts['asked_in_both']} of {len(data.validation)} validation rows ask what a training row asks too: their loss tells "
+            "of memory; bring other questions",
+            level="warn",
+        )
     return plan
 
 
