@@ -47,8 +47,6 @@ def train_adapter(
     params = config.params
     hardware = choose_hardware(params.train.precision, params.train.optim)
     progress.event(f"backend {choice.name}: {choice.reason}", backend=choice.name, device=hardware.device.type, dtype=hardware.dtype)
-    if hardware.note:
-        progress.event(hardware.note, level="warn")
     progress.phase("prepare data")
     base_sha256 = weights_fingerprint(_model_directory(config.model))
     lineage = read_lineage(config.model, base_sha256)

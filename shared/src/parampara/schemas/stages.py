@@ -165,7 +165,6 @@ class TrainResult(Strict):
     """Fingerprint of the weights the adapter was trained on (:func:`parampara.storage.weights_fingerprint`)."""
     dtype: Dtype
     optimizer: str = ""
-    """The one that ran; on a CPU another than the configured one may have stood in (an event says so)."""
     steps: int
     epochs: float
     trained_tokens: int
@@ -274,7 +273,7 @@ class EvaluateResult(Strict):
     metrics: dict[str, float]
     """Flat names (fractions, not per cent). ``<model>`` is base, dapt, sft or quantized, ``<transition>`` dapt, merged or quantized:
     ``perplexity.<model>``, ``validation_loss.<model>``, ``dapt.perplexity_reduction``, ``dapt.loss.before|after``,
-    ``sft.validation_loss.before|after``, ``exact.<model>``, ``exact.kind.<kind>``, ``exact.language.<language>``, ``format.<name>``,
+    ``sft.validation_loss.before|after``, ``sft.perplexity_change``, ``exact.<model>``, ``exact.kinds_mean``, ``exact.kind.<kind>``, ``exact.language.<language>``, ``format.<name>``,
     ``language.english|hinglish``, ``language.reference.english|hinglish``, ``quantize.perplexity_increase|exact_change|same_answer``,
     ``parity.<transition>.kl|top1|greedy_match|greedy_prefix|recovered|chat_template|generation_config``,
     ``parity.merged.base_kl|differs_from_base``, ``size.base_bytes|merged_bytes|quantized_bytes``."""
