@@ -56,6 +56,8 @@ def test_every_promised_metric_is_there(done: tuple[EvaluateResult, Recorded]) -
         "dapt.perplexity_reduction",
         "sft.validation_loss.before",
         "sft.validation_loss.after",
+        "sft.perplexity_change",
+        "exact.kinds_mean",
         "quantize.perplexity_increase",
         "format.cites_rule",
         "exact.kind.star_lord",
@@ -71,6 +73,8 @@ def test_the_parts_agree_with_each_other(done: tuple[EvaluateResult, Recorded]) 
     assert metrics["dapt.perplexity_reduction"] == pytest.approx(1 - metrics["perplexity.dapt"] / metrics["perplexity.base"])
     assert metrics["sft.validation_loss.before"] == metrics["validation_loss.dapt"]
     assert metrics["sft.validation_loss.after"] == metrics["validation_loss.sft"]
+    assert metrics["sft.perplexity_change"] == pytest.approx(metrics["perplexity.sft"] / metrics["perplexity.dapt"] - 1)
+    assert metrics["exact.kinds_mean"] == pytest.approx((metrics["exact.kind.star_lord"] + metrics["exact.kind.year"]) / 2)
     assert abs(metrics["quantize.perplexity_increase"]) < 0.05
     assert metrics["size.quantized_bytes"] < metrics["size.merged_bytes"]
 

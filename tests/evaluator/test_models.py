@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 from evaluator import parity
@@ -21,6 +22,14 @@ def test_a_compressed_tensors_checkpoint_opens_and_answers_like_its_parent(line:
         with loaded(name, directory) as model:
             meter = Meter(SilentProgress(), total=99)
             recordings.append(parity.record(model, probes, directory=tmp_path / "probes", max_new_tokens=4, meter=meter))
-    agreement = parity.compare(*recordings)
+    agreement = parity.compare(*recordings, meter=Meter(SilentProgress(), total=99))
     assert 0 < agreement.kl < 1e-2
     assert agreement.top1 > 0.8
+
+
+def test_the_weights_are_gone_after_the_block_although_its_name_is_still_there(line: Line) -> None:
+    with loaded("base", line.root / "base") as model:
+        weights = weakref.ref(model.model)
+        assert weights() is not None
+    assert model.name == "base"
+    assert weights() is None

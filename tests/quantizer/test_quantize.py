@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -179,6 +181,26 @@ def test_a_parent_that_cannot_be_loaded_is_the_users_fault_and_no_scheme_is_blam
     monkeypatch.setattr(unsloth, "write", lambda model, output, **_: compress(parent, output))
     with pytest.raises(InvalidData, match="cannot be loaded"):
         run(QuantizeConfig(model=model), workdir=tmp_path / "work", progress=SilentProgress())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_unsloth_is_told_the_stored_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """Left to itself it takes bfloat16 on a GPU that has it, and a float16 weight loses three bits. Its own loader runs nowhere here."""
+    import torch
+
+    asked: dict[str, Any] = {}
+
+    class Loader:
+        @staticmethod
+        def from_pretrained(model: str, **settings: Any) -> tuple[Any, Any]:
+            asked.update(settings)
+            raise RuntimeError("loaded")
+
+    monkeypatch.setenv("UNSLOTH_COMPRESSED_QUANTIZE_PYTHONPATH", str(tmp_path))  # or its check for llm-compressor would come first
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=Loader))
+    with pytest.raises(RuntimeError, match="loaded"):
+        unsloth._export(str(make_model(tmp_path / "model", dtype=dtype)), "out", "w8a8")
+    assert asked["dtype"] == getattr(torch, dtype)
 
 
 @pytest.mark.slow

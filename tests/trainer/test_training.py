@@ -290,13 +290,16 @@ def validations(workdir: Path) -> dict[int, float]:
     return {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
 
 
-def test_paged_optimizer_on_a_cpu_is_replaced_and_said(base: Path, book: Path, tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("a GPU runs the paged optimizer itself")
-    progress = Recorder()
-    result = run(dapt_config(base, book, optim="paged_adamw_32bit", epochs=1), tmp_path, progress)
-    assert result.optimizer == "adamw_torch_fused"
-    assert any("paged_adamw_32bit needs a GPU" in event for event in progress.events)
+@pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"])
+def test_optimizers_of_bitsandbytes_run_and_resume_exactly_on_a_cpu_too(base: Path, book: Path, tmp_path: Path, optim: str) -> None:
+    config = dapt_config(base, book, optim=optim, epochs=1)
+    whole = run(config, tmp_path / "whole")
+    assert whole.optimizer == optim
+    assert whole.validation_loss_after < whole.validation_loss_before
+    preempted(config, tmp_path / "parts", at=2)
+    assert run(config, tmp_path / "parts").resumed_from_step == 2
+    assert adapter_sha(tmp_path / "parts") == adapter_sha(tmp_path / "whole")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 def test_modules_that_the_base_lacks_are_refused(base: Path, book: Path, tmp_path: Path) -> None:

@@ -50,6 +50,11 @@ def read_config(model: Path) -> dict[str, Any]:
     return config
 
 
+def stored_dtype(config: dict[str, Any]) -> str:
+    """``float16``, ``bfloat16`` or ``float32``, as ``config.json`` says (older files call it ``torch_dtype``)."""
+    return config.get("dtype") or config.get("torch_dtype") or "float16"
+
+
 def weight_bytes(model: Path) -> int:
     return sum(path.stat().st_size for path in model.glob("*.safetensors"))
 

@@ -47,8 +47,6 @@ def train_adapter(
     params = config.params
     hardware = choose_hardware(params.train.precision, params.train.optim)
     progress.event(f"backend {choice.name}: {choice.reason}", backend=choice.name, device=hardware.device.type, dtype=hardware.dtype)
-    if hardware.note:
-        progress.event(hardware.note, level="warn")
     progress.phase("prepare data")
     base_sha256 = weights_fingerprint(_model_directory(config.model))
     lineage = read_lineage(config.model, base_sha256)
@@ -128,6 +126,12 @@ def _plan(config: Config, data: StageData, progress: Progress) -> Plan:
     if data.facts.get("truncated_rows"):
         progress.event(
             f"{data.facts['truncated_rows']} rows are longer than max_seq_length ({train.max_seq_length}) and were cut", level="warn"
+        )
+    if data.facts.get("asked_in_both"):
+        progress.event(
+            f"{data.facts['asked_in_both']} of {len(data.validation)} validation rows ask what a training row asks too: their loss tells "
+            "of memory; bring other questions",
+            level="warn",
         )
     return plan
 

@@ -48,8 +48,13 @@ class QaRow:
         return self.messages[-1].content
 
     @property
+    def asked(self) -> str:
+        """All that the user said: what a held-out split must not share with training, whatever was answered."""
+        return "\n".join(message.content for message in self.messages if message.role == "user")
+
+    @property
     def text(self) -> str:
-        """All that was said but system prompts: what a held-out split must not share with training."""
+        """All that was said but system prompts."""
         return "\n".join(f"{message.role}: {message.content}" for message in self.messages if message.role != "system")
 
 
@@ -109,6 +114,12 @@ def count_duplicates(rows: Iterable[QaRow]) -> int:
     """How many rows repeat the questions and answers of an earlier one."""
     seen = [content_hash(row.text) for row in rows]
     return len(seen) - len(set(seen))
+
+
+def count_asked_in_both(trained: Iterable[QaRow], held_out: Iterable[QaRow]) -> int:
+    """How many held-out rows ask the same as a training row."""
+    seen = {content_hash(row.asked) for row in trained}
+    return sum(content_hash(row.asked) in seen for row in held_out)
 
 
 def _lines(path: Path, name: str) -> Iterator[tuple[int, bytes]]:

@@ -177,7 +177,6 @@ class TrainResult(Strict):
     """Fingerprint of the weights the adapter was trained on (:func:`parampara.storage.weights_fingerprint`)."""
     dtype: Dtype
     optimizer: str = ""
-    """The one that ran; on a CPU another than the configured one may have stood in (an event says so)."""
     steps: int
     epochs: float
     trained_tokens: int
