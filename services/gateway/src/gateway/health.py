@@ -11,8 +11,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
 from gateway.web import Services, services
+from parampara.http import DOCS_PATHS
 
-PUBLIC_PATHS = frozenset({"/health", "/livez", "/readyz", "/metrics", "/docs", "/openapi.json"})
+PUBLIC_PATHS = frozenset({"/health", "/livez", "/readyz", "/metrics"} | DOCS_PATHS)
 _TIMEOUT = aiohttp.ClientTimeout(total=2)
 router = APIRouter(tags=["Health"])
 
