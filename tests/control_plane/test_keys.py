@@ -49,9 +49,9 @@ def test_every_route_without_a_key_is_a_401(app: FastAPI) -> None:
             assert answer.headers["WWW-Authenticate"] == "Bearer"
 
 
-def test_what_is_public_is_only_health_docs_and_metrics(app: FastAPI) -> None:
+def test_what_is_public_is_only_health_and_docs(app: FastAPI) -> None:
     public = {path for _, path in routes_of(app) if path in PUBLIC_PATHS}
-    assert public == {"/health", "/livez", "/readyz", "/metrics"} | DOCS_PATHS
+    assert public == {"/health", "/livez", "/readyz"} | DOCS_PATHS
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from parampara.db.session import transaction
 from parampara.http import DOCS_PATHS
 from parampara.keys import Principal, authenticate
 
-PUBLIC_PATHS = frozenset({"/health", "/livez", "/readyz", "/metrics"} | DOCS_PATHS)
+PUBLIC_PATHS = frozenset({"/health", "/livez", "/readyz"} | DOCS_PATHS)
 
 
 class Authentication:

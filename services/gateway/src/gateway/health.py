@@ -1,4 +1,4 @@
-"""Probes and metrics: the routes that need no key."""
+"""Probes, which need no key, and metrics, which do: without one they are on a port of their own, see :mod:`gateway.__main__`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from gateway.web import Services, services
 from parampara.http import DOCS_PATHS
 
-PUBLIC_PATHS = frozenset({"/health", "/livez", "/readyz", "/metrics"} | DOCS_PATHS)
+PUBLIC_PATHS = frozenset({"/health", "/livez", "/readyz"} | DOCS_PATHS)
 _TIMEOUT = aiohttp.ClientTimeout(total=2)
 router = APIRouter(tags=["Health"])
 
