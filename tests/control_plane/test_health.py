@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
 from control_plane.app import create_app
+from control_plane.server import serve_metrics
 from parampara.db.session import make_engine, make_sessions, transaction
 from parampara.keys import new_key
 from parampara.settings import DatabaseSettings, Settings
@@ -43,7 +45,6 @@ def test_without_its_database_it_lives_but_is_not_ready(plane_settings: Settings
     with TestClient(app, raise_server_exceptions=False) as client:
         assert client.get("/livez").status_code == 200
         assert client.get("/readyz").json()["status"] == "not_ready"
-        assert client.get("/metrics").status_code == 200
         key = "Bearer " + (plane_settings.home / "key-pepper").read_text().strip()
         assert client.get("/v1/files", headers={"Authorization": key}).status_code == 401
         answer = client.get("/v1/files", headers={"Authorization": f"Bearer {new_key()}"})
@@ -75,8 +76,11 @@ def test_metrics_tell_the_room_left_even_without_a_database(plane_settings: Sett
     away = DatabaseSettings(url="postgresql+psycopg://nobody@127.0.0.1:1/none")
     engine = make_engine(away, application="test")
     plane_settings.artifacts_dir.mkdir(parents=True)
-    with TestClient(create_app(plane_settings.model_copy(update={"database": away}), make_sessions(engine))) as client:
-        metrics = client.get("/metrics").text
+    server = serve_metrics(plane_settings, make_sessions(engine), 0)
+    with httpx.Client(base_url=f"http://127.0.0.1:{server.server_address[1]}") as stranger:
+        metrics = stranger.get("/metrics").text
+    server.shutdown()
+    server.server_close()
     engine.dispose()
     told = dict(re.findall(r'^parampara_disk_(free|size)_bytes\{folder="artifacts"\} (\S+)$', metrics, re.MULTILINE))
     assert 0 < float(told["free"]) <= float(told["size"])

@@ -173,6 +173,19 @@ def test_unsent_doorbells_are_sent_by_the_reconciler(served: Process, environmen
     engine.dispose()
 
 
+def test_metrics_need_a_key_but_on_a_port_of_their_own(environment: dict[str, str], tmp_path: Path) -> None:
+    metrics_port = free_port()
+    process = Process({**environment, "PARAMPARA_CONTROL_PLANE__METRICS_PORT": str(metrics_port)}, tmp_path / "log")
+    try:
+        with process.client() as client:
+            assert httpx.get(f"{process.url}/metrics").status_code == 401
+            for text in (client.get("/metrics").text, httpx.get(f"http://127.0.0.1:{metrics_port}/metrics").text):
+                assert 'parampara_jobs{kind="dapt",state="queued"} 0.0' in text
+                assert "parampara_http_requests_total" in text
+    finally:
+        assert process.stop(signal.SIGTERM) == 0
+
+
 def test_a_taken_port_is_named_with_its_setting(environment: dict[str, str]) -> None:
     with socket.create_server(("127.0.0.1", int(environment["PARAMPARA_CONTROL_PLANE__PORT"]))):
         refused = subprocess.run(

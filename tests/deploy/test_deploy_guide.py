@@ -258,7 +258,8 @@ def test_a_refused_call_says_why(platform: tuple[str, str], tmp_path: Path) -> N
 def test_the_caddyfile_keeps_probes_and_metrics_inside() -> None:
     caddyfile = re.findall(r"Caddyfile <<'EOF'\n(.*?)^EOF$", GUIDE, re.MULTILINE | re.DOTALL)[0]
     from gateway.health import PUBLIC_PATHS
+    from parampara.http import DOCS_PATHS
 
     inside = set(re.findall(r"@inside path (.+)", caddyfile)[0].split())
-    assert inside == PUBLIC_PATHS - {"/docs", "/openapi.json"}
+    assert inside == PUBLIC_PATHS - DOCS_PATHS
     assert yaml.safe_load(re.findall(r"max_size (\d+)MB", caddyfile)[0]) * 1_000_000 > Settings.model_fields["max_upload_bytes"].default

@@ -319,7 +319,14 @@ def test_streams_and_uploads_pass_the_ingress(manifests: Manifests) -> None:
 
 
 @pytest.mark.parametrize("target", ["managed-data", "small-with-ingress"])
-def test_every_service_is_scraped(manifests: Manifests, target: str) -> None:
+def test_every_service_is_scraped(manifests: Manifests, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monitors = by_name(manifests[target], "ServiceMonitor")
-    assert set(monitors["parampara"]["spec"]["selector"]["matchExpressions"][0]["values"]) == set(HTTP_SERVICES)
-    assert "workers" in by_name(manifests[target], "PodMonitor")
+    inside = set(monitors["parampara"]["spec"]["selector"]["matchExpressions"][0]["values"])
+    pods = by_name(manifests[target], "PodMonitor")
+    with_keys = set(pods["api"]["spec"]["selector"]["matchExpressions"][0]["values"])  # these ask for one on their API port
+    assert (with_keys, inside | with_keys) == ({"control-plane", "gateway"}, set(HTTP_SERVICES))
+    for name in with_keys:
+        pod = workloads(manifests[target])[name]
+        listening = getattr(settings_of(pod, manifests[target], monkeypatch), HTTP_SERVICES[name])
+        assert (listening.metrics_host, listening.metrics_port) == ("0.0.0.0", pod.ports()["metrics"])
+    assert "workers" in pods

@@ -53,8 +53,8 @@ VALUES: dict[tuple[str, str], set[str]] = {
 }
 """Which values a label can have, where the code says so."""
 PORT_VARIABLES = {
-    "control-plane": {"PARAMPARA_CONTROL_PLANE__PORT"},
-    "gateway": {"PARAMPARA_GATEWAY__PORT"},
+    "control-plane": {"PARAMPARA_CONTROL_PLANE__METRICS_PORT"},
+    "gateway": {"PARAMPARA_GATEWAY__METRICS_PORT"},
     "embedder": {"PARAMPARA_EMBEDDER__PORT"},
     "model-server": {"PARAMPARA_MODEL_SERVER__PORT", "PARAMPARA_MODEL_SERVER__VLLM_PORT"},
 }
@@ -254,11 +254,13 @@ def test_the_rule_maps_kinds_to_queues_as_the_plan_does(rules: list[Config]) -> 
     assert by_rule == QUEUES
 
 
-def test_metrics_need_no_key() -> None:
-    for module in ("gateway/src/gateway/health.py", "control_plane/src/control_plane/auth.py"):
-        public = re.search(r"PUBLIC_PATHS = frozenset\((.*)\)", (ROOT / "services" / module).read_text(encoding="utf-8"))
-        assert public is not None
-        assert '"/metrics"' in public[1], module
+def test_no_target_is_an_address_that_asks_for_a_key(prometheus: Config, compose: Config) -> None:
+    ports = {host: port for _, target in targets_of(prometheus) for host, port in [target.split(":")]}
+    for host in ("gateway", "control-plane"):
+        environment = compose["services"][host]["environment"]
+        section = host.upper().replace("-", "_")
+        assert ports[host] == environment[f"PARAMPARA_{section}__METRICS_PORT"] != environment[f"PARAMPARA_{section}__PORT"]
+        assert environment[f"PARAMPARA_{section}__METRICS_HOST"] == "0.0.0.0"
 
 
 def targets_of(prometheus: Config) -> Iterator[tuple[str, str]]:

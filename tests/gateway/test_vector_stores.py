@@ -110,6 +110,7 @@ def test_bad_requests_name_the_field(platform: Running) -> None:
     cases: list[tuple[str, dict[str, Any], int, str]] = [
         ("", {"nam": "x"}, 400, "nam"),
         ("", {"metadata": {"k": "v" * 513}}, 400, "metadata"),
+        ("", {"description": "x"}, 400, "description"),
         ("", {"file_ids": ["file-nothing"]}, 404, "file_id"),
         (f"/{store}/files", {"file_id": "file-nothing"}, 404, "file_id"),
         (f"/{store}/files", {"file_id": "x", "chunking_strategy": chunking}, 400, "chunking_strategy"),

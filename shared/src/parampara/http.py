@@ -9,25 +9,28 @@ Only FastAPI services import this module; the rest of the shared package does no
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import re
 import signal
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import structlog
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
 from prometheus_client import Counter, Histogram
 from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from parampara.errors import InvalidRequest, NotFound, ParamparaError, PayloadTooLarge, Unavailable
@@ -39,6 +42,9 @@ SECONDS = Histogram(
     ["service", "method", "route"],
     buckets=(0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
 )
+_ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css")
+DOCS_PATHS = frozenset({"/docs", "/openapi.json", *(f"/docs/assets/{name}" for name in _ASSETS)})
+"""What a browser asks for to show the interactive documentation."""
 _METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _QUIET = {"/health", "/livez", "/readyz", "/metrics"}
@@ -78,6 +84,39 @@ def exit_zero_on_sigterm() -> None:
     Uvicorn ends its requests, then raises the signal again: by default that kills the process, which looks like a crash (143).
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
+
+def install_docs(app: FastAPI) -> None:
+    """Add ``/docs``: Swagger UI over ``/openapi.json``, its script and style from this server.
+
+    FastAPI's own page loads them from a CDN, and is empty where nothing outside can be reached. Make ``app`` with ``docs_url=None``.
+    """
+    package = importlib.util.find_spec("fastapi_offline")  # a carrier of the files; its code is not used
+    if package is None or package.origin is None:
+        raise RuntimeError("fastapi-offline is not installed: it holds the files of /docs.")
+    static = Path(package.origin).parent / "static"
+
+    def docs() -> HTMLResponse:
+        script, style = (f"/docs/assets/{name}" for name in _ASSETS)
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title=app.title,
+            swagger_js_url=script,
+            swagger_css_url=style,
+            swagger_favicon_url="data:,",
+            swagger_ui_parameters={"validatorUrl": None},
+        )
+
+    app.add_api_route("/docs", docs, include_in_schema=False)
+    for name in _ASSETS:
+        app.add_api_route(f"/docs/assets/{name}", _file(static / name), include_in_schema=False)
+
+
+def _file(path: Path) -> Callable[[], FileResponse]:
+    def answer() -> FileResponse:
+        return FileResponse(path, headers={"Cache-Control": "max-age=86400"})
+
+    return answer
 
 
 class Boundary:

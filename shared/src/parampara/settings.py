@@ -15,6 +15,9 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 class ControlPlaneSettings(BaseModel):
     host: str = "127.0.0.1"
     port: Port = 8001
+    metrics_port: Port | None = None
+    """Port for ``/metrics`` without a key, for a Prometheus inside; None: only on ``port``, with a key."""
+    metrics_host: str = "127.0.0.1"
 
 
 class DatabaseSettings(BaseModel):
@@ -51,6 +54,9 @@ class WorkerSettings(BaseModel):
 class GatewaySettings(BaseModel):
     host: str = "127.0.0.1"
     port: Port = 8000
+    metrics_port: Port | None = None
+    """Port for ``/metrics`` without a key, for a Prometheus inside; None: only on ``port``, with a key."""
+    metrics_host: str = "127.0.0.1"
     control_plane_url: str = "http://127.0.0.1:8001"
     model_url: str = "http://127.0.0.1:8002"
     embedder_url: str = "http://127.0.0.1:8003"

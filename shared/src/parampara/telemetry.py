@@ -90,10 +90,13 @@ def metrics_app() -> Any:
     return make_asgi_app()
 
 
-def start_metrics_server(port: int, *, host: str = "127.0.0.1", ready: Callable[[], Iterable[str]] = tuple) -> ThreadingHTTPServer:
-    """Serve ``/metrics``, ``/livez`` and ``/readyz`` from a thread; for processes that have no HTTP server of their own.
+def start_metrics_server(
+    port: int, *, host: str = "127.0.0.1", ready: Callable[[], Iterable[str]] = tuple, more: Callable[[], bytes] = bytes
+) -> ThreadingHTTPServer:
+    """Serve ``/metrics``, ``/livez`` and ``/readyz`` from a thread; for processes that have no HTTP server, or one that asks for keys.
 
-    ``ready`` returns what keeps the process from being ready; nothing means ready. ``port`` 0 takes any free port.
+    ``ready`` returns what keeps the process from being ready; nothing means ready. ``more`` adds to the metrics. ``port`` 0 takes
+    any free port.
 
     Raises:
         OSError: the port is taken.
@@ -103,7 +106,7 @@ def start_metrics_server(port: int, *, host: str = "127.0.0.1", ready: Callable[
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             if path == "/metrics":
-                self._answer(200, generate_latest(), CONTENT_TYPE_LATEST)
+                self._answer(200, generate_latest() + more(), CONTENT_TYPE_LATEST)
             elif path in ("/livez", "/health"):
                 self._answer(200, b"ok\n")
             elif path == "/readyz":

@@ -14,7 +14,7 @@ from control_plane.auth import Authentication
 from control_plane.ringing import Ringer
 from control_plane.routers import aliases, artifacts, deployments, files, health, jobs, keys, runs
 from control_plane.uploads import FORM_OVERHEAD_BYTES
-from parampara.http import install_error_handlers
+from parampara.http import install_docs, install_error_handlers
 from parampara.keys import read_pepper
 from parampara.schemas.api import ErrorBody
 from parampara.settings import Settings
@@ -65,9 +65,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def create_app(settings: Settings, sessions: sessionmaker[Session]) -> FastAPI:
     """The whole API over one database; starts no thread and touches no table by itself."""
-    app = ControlPlane(
-        title="Parampara control plane", version="0.1.0", description=_DESCRIPTION, redoc_url=None, swagger_ui_oauth2_redirect_url=None
-    )
+    app = ControlPlane(title="Parampara control plane", version="0.1.0", description=_DESCRIPTION, redoc_url=None, docs_url=None)
     app.state.settings = settings
     app.state.sessions = sessions
     app.state.pepper = read_pepper(settings)
@@ -76,6 +74,7 @@ def create_app(settings: Settings, sessions: sessionmaker[Session]) -> FastAPI:
     app.include_router(health.router)
     for module in (files, runs, jobs, artifacts, deployments, aliases, keys):
         app.include_router(module.router, responses=_ERRORS)
+    install_docs(app)
     app.add_middleware(Authentication, sessions=sessions, pepper=app.state.pepper)
     install_error_handlers(
         app,

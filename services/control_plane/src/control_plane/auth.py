@@ -8,9 +8,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from parampara.db.session import transaction
+from parampara.http import DOCS_PATHS
 from parampara.keys import Principal, authenticate
 
-PUBLIC_PATHS = frozenset({"/health", "/livez", "/readyz", "/metrics", "/docs", "/openapi.json"})
+PUBLIC_PATHS = frozenset({"/health", "/livez", "/readyz"} | DOCS_PATHS)
 
 
 class Authentication:

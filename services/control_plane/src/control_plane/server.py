@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from http.server import ThreadingHTTPServer
 from types import FrameType
 
 import structlog
@@ -16,6 +17,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from control_plane.app import create_app
+from control_plane.services import health
 from control_plane.services.files import sweep
 from control_plane.services.health import schema_fault
 from control_plane.services.keys import bootstrap_admin
@@ -25,7 +27,7 @@ from parampara.errors import Unavailable
 from parampara.execution.reconciler import Reconciler
 from parampara.keys import read_pepper
 from parampara.settings import Settings
-from parampara.telemetry import configure_logging
+from parampara.telemetry import configure_logging, start_metrics_server
 
 _DATABASE_WAIT_SECONDS = 60
 _GRACE_SECONDS = 10
@@ -37,7 +39,7 @@ def serve(settings: Settings, *, host: str, port: int, migrate_first: bool = Tru
     """Serve until SIGTERM or SIGINT.
 
     Raises:
-        Unavailable: the port is taken, or within a minute the database did not answer or had no schema (without
+        Unavailable: a port is taken, or within a minute the database did not answer or had no schema (without
             ``migrate_first``).
     """
     configure_logging("control_plane", log_format=settings.log_format, level=settings.log_level)
@@ -46,6 +48,8 @@ def serve(settings: Settings, *, host: str, port: int, migrate_first: bool = Tru
     sessions = make_sessions(engine)
     _wait_for_database((lambda: migrate.upgrade(settings.database.url)) if migrate_first else (lambda: _require_schema(sessions)))
     prepare(settings, sessions)
+    if settings.control_plane.metrics_port is not None:
+        serve_metrics(settings, sessions, settings.control_plane.metrics_port)
     stop = threading.Event()
     reconciler = threading.Thread(target=Reconciler(settings, sessions).run, args=(stop,), name="reconciler", daemon=True)
     reconciler.start()
@@ -67,6 +71,21 @@ def prepare(settings: Settings, sessions: sessionmaker[Session]) -> None:
     settings.files_dir.mkdir(parents=True, exist_ok=True)
     if removed := sweep(sessions, settings):
         log.info("removed what a killed server left", files=[path.name for path in removed])
+
+
+def serve_metrics(settings: Settings, sessions: sessionmaker[Session], port: int) -> ThreadingHTTPServer:
+    """``/metrics`` without a key, on a port that is not published. It goes on while the database is away, and so cannot check keys.
+
+    Raises:
+        Unavailable: the port is taken.
+    """
+    host = settings.control_plane.metrics_host
+    try:
+        return start_metrics_server(port, host=host, more=lambda: health.gauges(sessions, settings))
+    except OSError as error:
+        raise Unavailable(
+            f"Cannot listen on {host}:{port} ({error.strerror}); see PARAMPARA_CONTROL_PLANE__METRICS_PORT and METRICS_HOST."
+        ) from error
 
 
 class Server(uvicorn.Server):

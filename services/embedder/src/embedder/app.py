@@ -24,7 +24,7 @@ from embedder.schemas import (
     Usage,
 )
 from parampara.errors import InvalidRequest, NotFound, Unavailable
-from parampara.http import install_error_handlers
+from parampara.http import install_docs, install_error_handlers
 from parampara.settings import Settings
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
@@ -45,8 +45,9 @@ def create_app(settings: Settings) -> FastAPI:
         yield
         await app.state.batcher.close()
 
-    app = FastAPI(title="Parampara embedder", version="0.1.0", lifespan=lifespan)
+    app = FastAPI(title="Parampara embedder", version="0.1.0", lifespan=lifespan, redoc_url=None, docs_url=None)
     app.state.model_name = settings.embedder.model
+    install_docs(app)
     install_error_handlers(app, service="embedder", larger_bodies={"/v1/embeddings": MAX_BODY_BYTES})
     app.add_api_route("/metrics", metrics, methods=["GET"], response_class=Response)
     app.add_api_route("/v1/embeddings", embeddings, methods=["POST"], response_model=EmbeddingsResponse)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 import uvicorn
 
 from gateway.app import Gateway
 from parampara.http import exit_zero_on_sigterm
 from parampara.settings import get_settings
-from parampara.telemetry import configure_logging
+from parampara.telemetry import configure_logging, start_metrics_server
 
 GRACE_SECONDS = 10
 
@@ -22,6 +23,8 @@ def main() -> None:
     exit_zero_on_sigterm()
     settings = get_settings()
     configure_logging("gateway")
+    if settings.gateway.metrics_port is not None:
+        _serve_metrics(settings.gateway.metrics_host, settings.gateway.metrics_port)
     uvicorn.run(
         Gateway(settings),
         host=settings.gateway.host,
@@ -35,6 +38,13 @@ def main() -> None:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
+
+
+def _serve_metrics(host: str, port: int) -> None:
+    try:
+        start_metrics_server(port, host=host)
+    except OSError as error:
+        sys.exit(f"gateway: cannot listen on {host}:{port} ({error.strerror}); see PARAMPARA_GATEWAY__METRICS_PORT and METRICS_HOST")
 
 
 if __name__ == "__main__":

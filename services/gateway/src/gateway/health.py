@@ -1,4 +1,4 @@
-"""Probes and metrics: the routes that need no key."""
+"""Probes, which need no key, and metrics, which do: without one they are on a port of their own, see :mod:`gateway.__main__`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
 from gateway.web import Services, services
+from parampara.http import DOCS_PATHS
 
-PUBLIC_PATHS = frozenset({"/health", "/livez", "/readyz", "/metrics", "/docs", "/openapi.json"})
+PUBLIC_PATHS = frozenset({"/health", "/livez", "/readyz"} | DOCS_PATHS)
 _TIMEOUT = aiohttp.ClientTimeout(total=2)
 router = APIRouter(tags=["Health"])
 

@@ -7,11 +7,11 @@ from typing import Any
 import aiohttp
 import orjson
 from fastapi import FastAPI, Request
-from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse
 
 from gateway.passthrough import belongs_to_control_plane
 from gateway.web import services
+from parampara.http import install_docs
 
 _TIMEOUT = aiohttp.ClientTimeout(total=3)
 _DESCRIPTION = """
@@ -40,9 +40,7 @@ def describe(app: FastAPI) -> None:
             )
         return JSONResponse(schema)
 
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return get_swagger_ui_html(openapi_url="/openapi.json", title="Parampara API")
+    install_docs(app)
 
 
 def own_schema(app: FastAPI) -> dict[str, Any]:

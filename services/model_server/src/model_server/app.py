@@ -18,7 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from model_server.command import Wanted, interpreter_of
 from model_server.supervisor import Report, Supervisor
-from parampara.http import exit_zero_on_sigterm, install_error_handlers
+from parampara.http import exit_zero_on_sigterm, install_docs, install_error_handlers
 from parampara.settings import ModelServerSettings, Settings, get_settings
 from parampara.telemetry import configure_logging
 
@@ -39,7 +39,9 @@ def create_app(settings: Settings) -> FastAPI:
         with contextlib.suppress(asyncio.CancelledError):
             await keeper
 
-    app = FastAPI(title="model_server", description="Starts, watches and swaps the vLLM server of this machine.", lifespan=lifespan)
+    about = "Starts, watches and swaps the vLLM server of this machine."
+    app = FastAPI(title="model_server", description=about, lifespan=lifespan, redoc_url=None, docs_url=None)
+    install_docs(app)
 
     @app.put("/deployment", status_code=202)
     async def put_deployment(wanted: Wanted) -> Report:

@@ -1,4 +1,4 @@
-"""Routes without a key: probes and metrics."""
+"""Probes, which need no key, and metrics, which do: without one they are on a port of their own, see :mod:`control_plane.server`."""
 
 from __future__ import annotations
 

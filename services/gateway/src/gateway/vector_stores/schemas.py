@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from parampara.schemas.api import Answer, FileId, Metadata, Request
 
@@ -65,10 +65,16 @@ class _Expiring(Request):
 
 class CreateStore(_Expiring):
     name: Annotated[str, Field(max_length=256)] | None = None
-    description: Annotated[str, Field(max_length=1000)] | None = None
+    description: Any = None
     file_ids: Annotated[list[FileId], Field(max_length=MAX_BATCH_FILES)] = []
     chunking_strategy: Strategy = Field(default_factory=auto)
     metadata: Metadata | None = None
+
+    @field_validator("description")
+    @classmethod
+    def _has_no_place(cls, value: Any) -> None:
+        if value is not None:
+            raise ValueError("description is not supported: put it into metadata")
 
 
 class UpdateStore(_Expiring):
