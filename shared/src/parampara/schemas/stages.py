@@ -273,8 +273,9 @@ class EvaluateResult(Strict):
     metrics: dict[str, float]
     """Flat names (fractions, not per cent). ``<model>`` is base, dapt, sft or quantized, ``<transition>`` dapt, merged or quantized:
     ``perplexity.<model>``, ``validation_loss.<model>``, ``dapt.perplexity_reduction``, ``dapt.loss.before|after``,
-    ``sft.validation_loss.before|after``, ``sft.perplexity_change``, ``exact.<model>``, ``exact.kinds_mean``, ``exact.kind.<kind>``, ``exact.language.<language>``, ``format.<name>``,
-    ``language.english|hinglish``, ``language.reference.english|hinglish``, ``quantize.perplexity_increase|exact_change|same_answer``,
+    ``sft.validation_loss.before|after``, ``sft.perplexity_change`` (of the books that DAPT taught: sft / dapt - 1),
+    ``exact.<model>``, ``exact.kinds_mean`` (every kind counts the same), ``exact.kind.<kind>``, ``exact.language.<language>``,
+    ``format.<name>``, ``language.english|hinglish``, ``language.reference.english|hinglish``, ``quantize.perplexity_increase|exact_change|same_answer``,
     ``parity.<transition>.kl|top1|greedy_match|greedy_prefix|recovered|chat_template|generation_config``,
     ``parity.merged.base_kl|differs_from_base``, ``size.base_bytes|merged_bytes|quantized_bytes``."""
     gates: list[GateResult]
