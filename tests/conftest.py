@@ -31,6 +31,7 @@ from parampara.db import migrate
 from parampara.db.session import make_sessions
 from parampara.settings import DatabaseSettings, RedisSettings, Settings, WorkerSettings
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: tests share their cores, as stages do
 _TEMPLATE = "parampara_template"
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)

@@ -23,6 +23,8 @@ def result() -> EvaluateResult:
         "perplexity.sft": 11.0,
         "perplexity.quantized": 11.01,
         "dapt.perplexity_reduction": 0.636,
+        "sft.perplexity_change": 4.43,
+        "exact.kinds_mean": 0.713,
         "sft.validation_loss.before": 2.4,
         "sft.validation_loss.after": 1.3,
         "exact.base": 0.0,
@@ -57,7 +59,20 @@ def test_nothing_is_loaded_from_elsewhere() -> None:
 
 def test_gates_metrics_parity_and_samples_are_shown() -> None:
     text = _text(render(result(), [CURVE]))
-    for shown in ["hold", "not measured", "≥ 0.7", "exact.quantized", "63.6 %", "2.0e-08", "differs", "97.0 %", "Answer: Ketu", "+0.09 %"]:
+    for shown in [
+        "hold",
+        "not measured",
+        "≥ 0.7",
+        "exact.quantized",
+        "63.6 %",
+        "2.0e-08",
+        "differs",
+        "97.0 %",
+        "Answer: Ketu",
+        "+0.09 %",
+        "+443 % in SFT",
+        "mean over kinds 71.3 %",
+    ]:
         assert shown in text, shown
 
 

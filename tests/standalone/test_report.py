@@ -88,7 +88,7 @@ def test_a_curve_skips_steps_without_a_finite_loss() -> None:
         ("dapt", {"perplexity_before": 90.0, "perplexity_after": 30.0, "backend": "trl"}, "perplexity 90.0 → 30.0 (trl)"),
         ("merge", {"merged_tensors": 28, "tensors": 39, "dtype": "float16"}, "28 of 39"),
         ("quantize", {"parent_bytes": 4_700_000, "bytes": 3_200_000, "scheme": "bitsandbytes"}, "4.7 → 3.2 MB"),
-        ("evaluate", {"metrics": {}}, "exact answers 10% → 80%"),
+        ("evaluate", {"metrics": {}}, "exact answers 10% → 80%, mean of kinds 70%, perplexity of books in SFT 600 → 3258"),
         ("deploy", {"ready_seconds": 20.4}, "20 s"),
         ("dapt", None, ""),
     ],
@@ -104,6 +104,8 @@ def test_every_stage_has_its_key_figure(kind: str, result: dict[str, Any] | None
         "started_at": 1,
         "finished_at": 3,
     }
-    row = report.stage_row(job, {"exact.base": 0.1, "exact.quantized": 0.8})
+    measured = {"exact.base": 0.1, "exact.quantized": 0.8, "exact.kinds_mean": 0.7}
+    books = {"perplexity.dapt": 600.0, "perplexity.sft": 3258.0, "sft.perplexity_change": 4.43}
+    row = report.stage_row(job, measured | books)
     assert words in row["figure"]
     assert row["seconds"] == 2

@@ -48,6 +48,31 @@ def test_a_stage_by_hand_leaves_a_readable_directory(command: Any, tmp_path: Pat
     assert [line["type"] for line in lines] == ["phase", "step", "step", "step"]
 
 
+SHARED_CORES = """
+import os, pathlib, sys
+from parampara.execution.child import Stage, run_stage
+from parampara.schemas.stages import DaptConfig
+
+def load():
+    assert "torch" not in sys.modules
+    print("policy", os.environ["OMP_WAIT_POLICY"])
+    return lambda config, workdir, progress: None
+
+sys.exit(run_stage(Stage(DaptConfig, load), config=pathlib.Path(sys.argv[1]), workdir=pathlib.Path(sys.argv[2])))
+"""
+
+
+@pytest.mark.parametrize(("set_outside", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_waiting_threads_of_a_stage_sleep_unless_told_otherwise(tmp_path: Path, set_outside: dict[str, str], policy: str) -> None:
+    """Set before the stage function imports torch, whose OpenMP reads it once."""
+    (tmp_path / "config.json").write_text(json.dumps({"model": str(tmp_path), "data": {"train": [str(tmp_path / "book.txt")]}}))
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | set_outside
+    command = [sys.executable, "-c", SHARED_CORES, str(tmp_path / "config.json"), str(tmp_path / "work")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"policy {policy}" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [

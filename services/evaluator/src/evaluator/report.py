@@ -101,9 +101,13 @@ def _headlines(metrics: dict[str, float]) -> list[Headline]:
             "Validation loss", metrics, "sft.validation_loss.before", "sft.validation_loss.after", note="held-out answers, nats per token"
         )
     )
+    kinds = f"; mean over kinds {percent(metrics['exact.kinds_mean'])}" if "exact.kinds_mean" in metrics else ""
     headlines.append(
-        Headline("Exact answers", percent(metrics["exact.base"]), percent(metrics["exact.sft"]), "held-out questions, base to SFT")
+        Headline("Exact answers", percent(metrics["exact.base"]), percent(metrics["exact.sft"]), f"held-out questions, base to SFT{kinds}")
     )
+    if "sft.perplexity_change" in metrics:
+        note = f"{metrics['sft.perplexity_change'] * 100:+,.0f} % in SFT on held-out books: what DAPT gained and the answers cost"
+        headlines.append(_change("Books after SFT", metrics, "perplexity.dapt", "perplexity.sft", note=note))
     if "quantize.perplexity_increase" in metrics:
         size = metrics["size.quantized_bytes"] / metrics["size.merged_bytes"]
         note = f"{metrics['quantize.perplexity_increase'] * 100:+.2f} % perplexity, {percent(size)} of the size"

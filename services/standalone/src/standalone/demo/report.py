@@ -133,11 +133,21 @@ def _figure(kind: str, result: dict[str, Any], metrics: dict[str, float]) -> str
         case "quantize":
             return f"{result['parent_bytes'] / 1e6:.1f} → {result['bytes'] / 1e6:.1f} MB ({result['scheme']})"
         case "evaluate":
-            base, last = metrics.get("exact.base"), metrics.get("exact.quantized", metrics.get("exact.sft"))
-            return f"exact answers {base:.0%} → {last:.0%}" if base is not None and last is not None else ""
+            return _evaluated(metrics)
         case "deploy":
             return f"answered after {result['ready_seconds']:.0f} s"
     return ""
+
+
+def _evaluated(metrics: dict[str, float]) -> str:
+    """Exact answers overall and as the mean of all kinds, and what SFT did to the perplexity of the books that DAPT had taught."""
+    base, last = metrics.get("exact.base"), metrics.get("exact.quantized", metrics.get("exact.sft"))
+    parts = [f"exact answers {base:.0%} → {last:.0%}"] if base is not None and last is not None else []
+    if (kinds := metrics.get("exact.kinds_mean")) is not None:
+        parts.append(f"mean of kinds {kinds:.0%}")
+    if "sft.perplexity_change" in metrics:
+        parts.append(f"perplexity of books in SFT {metrics['perplexity.dapt']:.0f} → {metrics['perplexity.sft']:.0f}")
+    return ", ".join(parts)
 
 
 def _parity(metrics: dict[str, float]) -> list[dict[str, Any]]:
