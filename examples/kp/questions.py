@@ -1,18 +1,16 @@
 """Facts of KP as question and answer: for every kind its facts, computed by ``kp_system``, and its ways of asking.
 
 A fact and a way of asking together make one question. Answers have three lines, ``Answer:``, ``Rule:`` and ``Confidence:``;
-a Hinglish question (Hindi and English mixed, in Latin script) gets its rule in Hinglish.
+a Hinglish question (Hindi and English mixed, in Latin script) gets its rule in Hinglish. Kinds about charts: ``chart_questions``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
 
+import chart_questions as charts
 import kp_system as kp
-
-Language = Literal["english", "hinglish"]
+from facts import Fact, Kind, Language, same_answer
 
 RULING_ORDER = ["ascendant star lord", "ascendant sign lord", "Moon star lord", "Moon sign lord", "day lord"]
 ORDINALS = ["first", "second", "third", "fourth", "fifth"]
@@ -22,39 +20,8 @@ LEAD_INS: dict[Language, tuple[str, ...]] = {
 }
 """Openings that double and treble the questions of kinds with few facts, so that these are met as often as the others."""
 FEW_FACTS = 15
+SIGN_OWNERS = [lord for lord in kp.LORDS if lord in kp.SIGN_LORDS.values()]
 NOT_COVERED = ["gemstone", "lucky colour", "lucky number", "mantra", "metal", "flower"]
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One fact: the words that fill the phrasings, the answer and the rule in both languages, and its sentence in the books."""
-
-    kind: str
-    words: dict[str, str]
-    answer: dict[Language, str]
-    rule: dict[Language, str]
-    confidence: Literal["High", "Medium", "Low"] = "High"
-    evidence: str | None = None
-    """A piece of a sentence that stands in the books and states the fact."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    topic: str
-    facts: Callable[[], Iterator[Fact]]
-    english: list[str]
-    hinglish: list[str]
-
-
-def answer_text(fact: Fact, language: Language, *, marker: str = "") -> str:
-    """The three lines; ``marker``, such as ``[1]``, names the passage that holds the rule and stands at the end of its line."""
-    rule = fact.rule[language] + (f" {marker}" if marker else "")
-    return f"Answer: {fact.answer[language]}\nRule: {rule}\nConfidence: {fact.confidence}"
-
-
-def _fact(kind: str, words: dict[str, str], answer: str, english: str, hinglish: str, **more: str) -> Fact:
-    """A fact whose answer is the same words in both languages."""
-    return Fact(kind, words, {"english": answer, "hinglish": answer}, {"english": english, "hinglish": hinglish}, **more)  # type: ignore[arg-type]
 
 
 def _named(planet: str) -> str:
@@ -63,7 +30,7 @@ def _named(planet: str) -> str:
 
 def _sign_lord() -> Iterator[Fact]:
     for sign, lord in kp.SIGN_LORDS.items():
-        yield _fact(
+        yield same_answer(
             "sign_lord", {"e": sign}, lord, f"{sign} is ruled by {lord}.", f"{sign} ka sign lord {lord} hai.",
             evidence=f"{sign} is ruled by {_named(lord)}.",
         )  # fmt: skip
@@ -73,7 +40,7 @@ def _lord_signs() -> Iterator[Fact]:
     for lord in kp.LORDS:
         signs = [sign for sign, owner in kp.SIGN_LORDS.items() if owner == lord]
         if signs:
-            yield _fact(
+            yield same_answer(
                 "lord_signs",
                 {"e": lord},
                 ", ".join(signs),
@@ -85,7 +52,7 @@ def _lord_signs() -> Iterator[Fact]:
 def _star_lord() -> Iterator[Fact]:
     for star, lord in kp.STAR_LORDS.items():
         stars = [name for name, owner in kp.STAR_LORDS.items() if owner == lord]
-        yield _fact(
+        yield same_answer(
             "star_lord", {"e": star}, lord, f"{star} is a star of {lord}.", f"{star} ka star lord {lord} hai.",
             evidence=f"The stars of {_named(lord)} are {stars[0]}, {stars[1]} and {stars[2]}.",
         )  # fmt: skip
@@ -94,7 +61,7 @@ def _star_lord() -> Iterator[Fact]:
 def _lord_stars() -> Iterator[Fact]:
     for lord in kp.LORDS:
         stars = [name for name, owner in kp.STAR_LORDS.items() if owner == lord]
-        yield _fact(
+        yield same_answer(
             "lord_stars", {"e": lord}, ", ".join(stars), f"Each lord owns three stars, and these belong to {lord}.",
             f"Har lord ke teen star hain, yeh {lord} ke hain.",
             evidence=f"The stars of {_named(lord)} are {stars[0]}, {stars[1]} and {stars[2]}.",
@@ -115,7 +82,7 @@ def _dasha_years() -> Iterator[Fact]:
 def _next_lord() -> Iterator[Fact]:
     for index, lord in enumerate(kp.LORDS):
         after = kp.LORDS[(index + 1) % 9]
-        yield _fact(
+        yield same_answer(
             "next_lord", {"e": lord}, after, f"In the Vimshottari order {after} follows {lord}.",
             f"Vimshottari kram mein {lord} ke baad {after} hai.", evidence=f"After {_named(lord)} comes {_named(after)}",
         )  # fmt: skip
@@ -136,7 +103,7 @@ def _nakshatra_span() -> Iterator[Fact]:
 
 def _nakshatra_number() -> Iterator[Fact]:
     for number, star in enumerate(kp.NAKSHATRAS, 1):
-        yield _fact(
+        yield same_answer(
             "nakshatra_number", {"e": star}, str(number), f"{star} is number {number} of 27.", f"27 mein {star} ka number {number} hai.",
             evidence=f"{number}. {star}.",
         )  # fmt: skip
@@ -145,27 +112,32 @@ def _nakshatra_number() -> Iterator[Fact]:
 def _sub_length() -> Iterator[Fact]:
     for lord in kp.LORDS:
         years = kp.DASHA_YEARS[lord]
-        yield _fact(
-            "sub_length", {"e": lord}, kp.dms(kp.sub_length(lord)), f"13°20' times {years} years by 120.", f"13°20' ka {years}/120 hissa."
+        yield same_answer(
+            "sub_length",
+            {"e": lord},
+            kp.dms(kp.sub_length(lord)),
+            f"13°20' times {years} years by 120.",
+            f"Yeh 13°20' ka {years}/120 hissa hai.",
         )
 
 
 def _sub_count() -> Iterator[Fact]:
     for sign in kp.SIGNS:
         count = sum(sub.sign == sign for sub in kp.SUBS)
-        yield _fact(
+        yield same_answer(
             "sub_count", {"e": sign}, str(count), f"{sign} holds {count} of 249 subs.", f"249 mein se {count} sub {sign} mein hain."
         )
-    yield _fact(
+    yield same_answer(
         "sub_count", {"e": "the zodiac"}, str(len(kp.SUBS)), "27 times 9 is 243, and six subs are cut.",
         "27 guna 9 yaani 243, aur chhe sub kate hain.", evidence="So the zodiac has 243 and six, which is 249 subs.",
+        hinglish_words={"e": "rashichakra"},
     )  # fmt: skip
 
 
 def _house_group() -> Iterator[Fact]:
     for matter, houses in kp.HOUSE_GROUPS.items():
         listed = ", ".join(map(str, houses[:-1])) + f" and {houses[-1]}"
-        yield _fact(
+        yield same_answer(
             "house_group", {"e": matter}, ", ".join(map(str, houses)), f"Judge {matter} from its house group.",
             f"{matter.capitalize()} ke liye yeh house group dekhte hain.", confidence="Medium",
             evidence=f"{matter.capitalize()} is judged from houses {listed}.",
@@ -181,17 +153,18 @@ def _significator_level() -> Iterator[Fact]:
     ]  # fmt: skip
     for house in range(1, 13):
         for level, phrase in kp.LEVELS.items():
-            planet = kp.LORDS[(house * 4 + level * 2) % 9]
+            able = SIGN_OWNERS if level == 4 else kp.LORDS  # Rahu and Ketu own no sign, so they are the lord of no house
+            planet = able[(house * 4 + level * 2) % len(able)]
             words = {"e": planet, "h": str(house), "rel": english[level - 1], "sambandh": hinglish[level - 1]}
-            yield _fact(
+            yield same_answer(
                 "significator_level", words, f"Level {level}", f"Level {level} is the {phrase}.",
-                f"Level {level} ka matlab house {hinglish[level - 1]} grah.", evidence=evidence[level - 1],
+                f"Level {level} ka grah house {hinglish[level - 1]} hota hai.", evidence=evidence[level - 1],
             )  # fmt: skip
 
 
 def _day_lord() -> Iterator[Fact]:
     for day, lord in kp.DAY_LORDS.items():
-        yield _fact(
+        yield same_answer(
             "day_lord", {"e": day}, lord, f"{lord} is the lord of {day}.", f"{day} ka lord {lord} hai.",
             evidence=f"{_named(lord)} is the lord of {day}.".replace("the ", "The ", 1) if lord in ("Sun", "Moon") else f"{lord} is the lord of {day}.",
         )  # fmt: skip
@@ -199,8 +172,8 @@ def _day_lord() -> Iterator[Fact]:
 
 def _ruling_planets() -> Iterator[Fact]:
     for rank, (ordinal, planet) in enumerate(zip(ORDINALS, RULING_ORDER, strict=True), 1):
-        yield _fact(
-            "ruling_planets", {"e": ordinal, "n": str(rank)}, planet, f"Number {rank} of five ruling planets.", f"Paanch ruling planets mein number {rank}.",
+        yield same_answer(
+            "ruling_planets", {"e": ordinal, "n": str(rank)}, planet, f"Number {rank} of five ruling planets.", f"Paanch ruling planets mein yeh number {rank} hai.",
             confidence="Medium", evidence="The star lord of the ascendant is the strongest and the day lord is the weakest.",
         )  # fmt: skip
 
@@ -307,6 +280,7 @@ KINDS: dict[str, Kind] = {
         "Ruling planets mein number {n} kya hai?", "Ruling planet number {n} batao.", "Number {n} ruling planet kaun sa hai?",
         "Shakti ke kram mein ruling planet {n} kaun hai?",
     ]),
+    **charts.KINDS,
     "not_covered": Kind("outside", _not_covered, [
         "What is the {thing} of {e}?", "Which {thing} belongs to {e}?", "Name the {thing} for {e}.",
     ], [

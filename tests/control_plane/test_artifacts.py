@@ -91,6 +91,15 @@ def test_a_model_is_deployed_by_name_and_the_alias_moves_when_it_answers(
     assert [item["id"] for item in client.get("/v1/deployments?alias=beta").json()["data"]] == [deployment["id"]]
 
 
+def test_what_a_deployment_leaves_open_is_the_recipe_s(client: TestClient, finished: dict[str, Any]) -> None:
+    recipe = client.get(f"/v1/runs/{finished['id']}").json()["recipe"]["stages"]["deploy"]
+    changed = {"max_model_len": 512} if recipe["max_model_len"] != 512 else {"max_model_len": 256}
+    for params, expected in (({}, {}), ({"params": changed}, changed)):
+        made = client.post("/v1/deployments", json={"model": finished["model"], "alias": "beta", **params}).json()
+        spec = client.get(f"/v1/jobs/{made['job_id']}").json()["spec"]["params"]
+        assert spec == {**recipe, **expected, "alias": "beta"}
+
+
 def test_an_artifact_that_has_no_model_yet_is_registered(
     client: TestClient, finished: dict[str, Any], sessions: sessionmaker[Session]
 ) -> None:

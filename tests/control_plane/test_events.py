@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import threading
@@ -14,8 +15,10 @@ import fastapi.routing
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
+from control_plane.services import events
 from parampara.db.models import Event
 from parampara.db.session import transaction
 from parampara.settings import Settings
@@ -74,6 +77,7 @@ def test_events_are_listed_in_pages(client: TestClient, run_id: str, sessions: s
     assert of_job
     assert {event["job_id"] for event in of_job} == {job_id}
     assert client.get(f"/v1/runs/{run_id}/events?after=yesterday").json()["error"]["param"] == "after"
+    assert client.get(f"/v1/runs/{run_id}/events?after=evt_999999").status_code == 404
 
 
 def test_the_stream_tells_everything_and_ends_with_the_run(
@@ -116,11 +120,59 @@ def test_an_event_that_commits_late_is_not_missed(
         slow.flush()
         with transaction(sessions) as session:
             session.add(Event(run_id=run_id, type="message", message="written last, committed first"))
-        messages = [next(told)["data"]["message"] for _ in range(3)]
+        seen = [next(told)["data"]["message"] for _ in range(2)]  # what came before: the run and its first job
         slow.commit()
-    messages.append(next(told)["data"]["message"])
-    assert messages[2:] == ["written last, committed first", "written first, committed last"]
+    assert "written last, committed first" not in seen
+    assert [next(told)["data"]["message"] for _ in range(2)] == ["written first, committed last", "written last, committed first"]
     stream.close()
+
+
+def test_a_client_that_comes_back_misses_nothing_that_commits_late(
+    client: TestClient, run_id: str, sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "POLL_SECONDS", 0.01)
+
+    def connection(last_event_id: str) -> list[str]:
+        """What one connection tells in three looks."""
+
+        async def told() -> list[str]:
+            looks = iter([False] * 3)
+            stopping = lambda: next(looks, True)  # noqa: E731
+            return [event.id async for event in events.tail(sessions, run_id, after=after, stopping=stopping)]
+
+        with transaction(sessions) as session:
+            after = events.place(session, last_event_id, param="after")
+        return asyncio.run(told())
+
+    with sessions() as slow:
+        slow.add(Event(run_id=run_id, type="message", message="written first, committed last"))
+        slow.flush()
+        with transaction(sessions) as session:
+            session.add(Event(run_id=run_id, type="message", message="written last, committed first"))
+        first = connection("0")
+        slow.commit()
+    listed = [event["id"] for event in client.get(f"/v1/runs/{run_id}/events").json()["data"]]
+    assert len(listed) == 4
+    assert first + connection(first[-1]) == listed
+
+
+def test_a_run_that_has_ended_is_told_to_its_end(client: TestClient, run_id: str, sessions: sessionmaker[Session]) -> None:
+    """The last events wait for an older transaction, and the stream waits for them."""
+    client.post(f"/v1/runs/{run_id}/cancel")
+    with sessions() as open_one:
+        open_one.execute(text("SELECT pg_current_xact_id()"))
+        with transaction(sessions) as session:
+            session.add(Event(run_id=run_id, type="message", message="the last one"))
+        assert events._poll(sessions, run_id, events.START).held_back
+
+        async def told() -> list[str]:
+            messages = []
+            async for event in events.tail(sessions, run_id, after=events.START, stopping=lambda: False):
+                messages.append(event.message)
+                open_one.rollback()  # while the stream is at it
+            return messages
+
+        assert asyncio.run(told())[-1] == "the last one"
 
 
 def test_silence_is_filled_with_comments(base_url: str, admin_key: str, run_id: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,19 @@ def test_the_openai_sdk_uploads_reads_lists_and_deletes(base_url: str, admin_key
     assert stored(plane_settings) == sorted(f"{file.id}.jsonl" for file in made)
 
 
+def test_files_are_deleted_while_the_list_is_walked(client: TestClient, upload: Upload) -> None:
+    made = [upload(b"x", f"{number}.txt", "user_data") for number in range(5)]
+    walked: list[str] = []
+    page: dict = {"has_more": True, "last_id": None}
+    while page["has_more"]:
+        after = {"after": page["last_id"]} if page["last_id"] else {}
+        page = client.get("/v1/files", params={"limit": 2, "order": "asc", **after}).json()
+        for file in page["data"]:
+            walked.append(file["id"])
+            client.delete(f"/v1/files/{file['id']}")
+    assert walked == made
+
+
 def test_bytes_and_hash_are_those_sent(client: TestClient, sessions: sessionmaker[Session], plane_settings: Settings) -> None:
     content = os.urandom(700_000)  # many blocks, and any byte
     answer = client.post("/v1/files", files={"file": ("scan.pdf", content)}, data={"purpose": "user_data"}).json()
@@ -167,11 +180,15 @@ def test_a_form_without_its_end_leaves_nothing(client: TestClient, plane_setting
     assert stored(plane_settings) == []
 
 
-def test_a_full_disk_is_a_503_and_leaves_nothing(client: TestClient, plane_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(fd: int) -> None:
+@pytest.mark.parametrize("which", ["the bytes", "the folder"])
+def test_a_full_disk_is_a_503_and_leaves_nothing(
+    which: str, client: TestClient, plane_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("control_plane.services.files.os.fsync", full)
+    function = {"the bytes": "os.fsync", "the folder": "fsync_directory"}[which]
+    monkeypatch.setattr(f"control_plane.services.files.{function}", full)
     answer = client.post("/v1/files", files={"file": ("a.txt", b"x")}, data={"purpose": "user_data"})
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "storage_full"

@@ -31,6 +31,21 @@ def test_ready_means_reachable_and_migrated(client: TestClient, sessions: sessio
     assert "parampara.db.migrate" in answer.json()["checks"]["database"]["detail"]
 
 
+def test_probes_write_nothing_into_the_log(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    client.get("/readyz")
+    with caplog.at_level("INFO"):
+        client.get("/readyz")
+    assert [record.name for record in caplog.records if record.name.startswith("alembic")] == []
+
+
+def test_a_database_without_tables_is_not_ready(client: TestClient, sessions: sessionmaker[Session]) -> None:
+    with transaction(sessions) as session:
+        session.execute(text("DROP TABLE alembic_version"))
+    answer = client.get("/readyz")
+    assert answer.status_code == 503
+    assert "schema None" in answer.json()["checks"]["database"]["detail"]
+
+
 def test_ready_without_redis(client: TestClient, redis_server: Any) -> None:
     redis_server.stop()
     answer = client.get("/readyz")

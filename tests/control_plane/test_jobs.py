@@ -12,6 +12,7 @@ from control_plane.services.metrics import collect, thin
 from parampara.db.models import Job
 from parampara.db.session import transaction
 from parampara.execution import leases
+from parampara.execution.watch import ProgressBook
 from parampara.progress import JsonlProgress
 from parampara.settings import Settings
 from tests.control_plane.line import claim_next
@@ -56,16 +57,30 @@ def test_a_loss_curve_comes_from_events_where_the_file_is_elsewhere(
     run = client.post("/v1/runs", json=run_body).json()
     claim = claim_next(sessions, "train")
     assert claim is not None
-    events = [
-        {"type": "metrics", "level": "info", "message": f"step {step}", "data": {"step": step, "total": 2, "metrics": {"loss": 3.0 - step}}}
-        for step in (1, 2)
+    book = ProgressBook({})
+    flushes = [
+        [("load model", 1, 3, {}), ("train", 1, 8, {"loss": 4.0}), ("train", 2, 8, {"loss": 3.0})],
+        [("train", 2, 8, {"loss": 2.0}), ("validate", 1, 2, {"validation_loss": 2.5}), ("train", 2, 8, {"loss": 1.0})],
     ]
-    progress = {"phase": "train", "step": 2, "total": 8, "metrics": {"loss": 1.0}, "eta_seconds": 12.5, "best_step": 2}
-    with transaction(sessions) as session:
-        assert leases.record(session, claim, progress=progress, events=events).alive
+    phase = None
+    for flush in flushes:
+        for name, step, total, values in flush:
+            if name != phase:
+                phase = name
+                book.fold({"type": "phase", "t": 0.0, "phase": name})
+            book.fold({"type": "event", "t": 0.0, "message": "loss is low", "data": {"phase": "not one"}})
+            book.fold({"type": "step", "t": 10.0 * step, "step": step, "total": total, "metrics": values})
+        with transaction(sessions) as session:
+            assert leases.record(session, claim, progress={**book.progress, "eta_seconds": 12.5}, events=book.pending()).alive
+        book.written()
     metrics = client.get(f"/v1/jobs/{claim.job_id}/metrics").json()
     assert metrics["source"] == "events"
-    assert [(point["step"], point["metrics"]["loss"]) for point in metrics["data"]] == [(1, 2.0), (2, 1.0)]
+    assert [(point["phase"], point["step"], point["total"], point["metrics"]) for point in metrics["data"]] == [
+        ("load model", 1, 3, {}),
+        ("train", 1, 8, {"loss": 4.0}),
+        ("train", 2, 8, {"loss": 1.0}),
+        ("validate", 1, 2, {"validation_loss": 2.5}),
+    ]
     job = client.get(f"/v1/jobs/{claim.job_id}").json()
     assert job["progress"] == {"phase": "train", "step": 2, "total": 8, "metrics": {"loss": 1.0}}
     assert job["eta_seconds"] == 12.5

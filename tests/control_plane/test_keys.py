@@ -6,6 +6,7 @@ import logging
 import re
 import stat
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -61,7 +62,7 @@ def test_what_is_public_is_only_health_and_docs(app: FastAPI) -> None:
         "Bearer ",
         "Basic YTpi",
         "Bearer sk-123",
-        f"Bearer {new_key()}",
+        pytest.param(f"Bearer {new_key()}", id="well-formed"),
         "Bearer " + "x" * 5000,
         "pp_without_scheme",
         "Bearer \u00e9",
@@ -164,8 +165,11 @@ def test_two_administrators_can_not_revoke_each_other_at_once(client: TestClient
         threading.Thread(target=client.delete, args=(f"/v1/api_keys/{second['id']}",)),
         threading.Thread(target=other.delete, args=(f"/v1/api_keys/{first}",)),
     ]
-    for thread in threads:
-        thread.start()
+    with transaction(sessions) as holder:  # both requests are inside, and neither has written
+        holder.execute(text("SELECT * FROM api_keys FOR UPDATE"))
+        for thread in threads:
+            thread.start()
+        _wait_for_blocked(sessions, 2)
     for thread in threads:
         thread.join()
     with transaction(sessions) as session:
@@ -188,3 +192,15 @@ def test_a_bad_key_request_names_the_field(client: TestClient, body: Any, param:
     answer = client.post("/v1/api_keys", json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
+
+
+def _wait_for_blocked(sessions: sessionmaker[Session], count: int) -> None:
+    """Until so many statements on this database wait for a lock."""
+    waiting = text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'")
+    deadline = time.monotonic() + 30
+    while True:
+        with sessions() as session:
+            if session.execute(waiting).scalar_one() >= count:
+                return
+        assert time.monotonic() < deadline, "the requests never met"
+        time.sleep(0.02)

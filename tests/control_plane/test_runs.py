@@ -265,6 +265,15 @@ def test_time_left_is_known_from_earlier_runs_of_the_recipe(
     assert other["eta_seconds"] is None
 
 
+def test_a_walk_goes_on_when_its_last_object_has_left_the_list(client: TestClient, run_body: dict[str, Any]) -> None:
+    made = [client.post("/v1/runs", json=run_body).json()["id"] for _ in range(4)]
+    query = "/v1/runs?status=queued&order=asc&limit=2"
+    page = client.get(query).json()
+    assert client.post(f"/v1/runs/{page['last_id']}/cancel").json()["status"] == "cancelled"
+    rest = client.get(f"{query}&after={page['last_id']}").json()
+    assert [run["id"] for run in page["data"] + rest["data"]] == made
+
+
 def test_runs_are_listed_in_pages(client: TestClient, run_body: dict[str, Any]) -> None:
     made = [client.post("/v1/runs", json=run_body).json()["id"] for _ in range(5)]
     walked, after = [], None

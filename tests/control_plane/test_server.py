@@ -18,8 +18,12 @@ import pytest
 from sqlalchemy import create_engine, select, text
 from sqlalchemy.pool import NullPool
 
+from control_plane import server
+from parampara.db import migrate
 from parampara.db.models import Job, Run
 from parampara.db.session import make_sessions, transaction
+from parampara.errors import Unavailable
+from parampara.settings import DatabaseSettings, Settings
 from tests.conftest import Postgres, free_port
 
 
@@ -43,11 +47,12 @@ def environment(postgres: Postgres, redis_url: str, tmp_path: Path) -> Iterator[
 
 
 class Process:
-    def __init__(self, environment: dict[str, str], log: Path) -> None:
+    def __init__(self, environment: dict[str, str], log: Path, *options: str) -> None:
         self.log = log
         self.url = f"http://127.0.0.1:{environment['PARAMPARA_CONTROL_PLANE__PORT']}"
         self.key_file = Path(environment["PARAMPARA_HOME"]) / "api-key"
-        self.process = subprocess.Popen([sys.executable, "-m", "control_plane", "serve"], env=environment, stderr=log.open("ab"))
+        command = [sys.executable, "-m", "control_plane", "serve", *options]
+        self.process = subprocess.Popen(command, env=environment, stderr=log.open("ab"))
 
     def client(self) -> httpx.Client:
         deadline = time.monotonic() + 40
@@ -110,7 +115,7 @@ def test_sigterm_ends_it_at_once_although_a_stream_is_open(served: Process) -> N
     run_id = client.post("/v1/runs", json=_run_body(client)).json()["id"]
     with client.stream("GET", f"/v1/runs/{run_id}/events/stream") as stream:
         lines = stream.iter_lines()
-        assert next(lines).startswith("event:") or next(lines)
+        assert next(lines) == "event: state"
         started = time.monotonic()
         assert served.stop(signal.SIGTERM) == 0
         assert time.monotonic() - started < 8
@@ -120,6 +125,36 @@ def test_sigterm_ends_it_at_once_although_a_stream_is_open(served: Process) -> N
     assert '"route": "/v1/runs"' in log
     assert '"request_id": "req_' in log
     assert key not in log
+
+
+def test_without_migrating_it_waits_for_a_database_that_is_ready(environment: dict[str, str], tmp_path: Path) -> None:
+    late = Process(environment, tmp_path / "log", "--no-migrate")
+    try:
+        deadline = time.monotonic() + 60
+        while "waiting for the database" not in late.log.read_text():
+            assert late.process.poll() is None, late.log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        migrate.upgrade(environment["PARAMPARA_DATABASE__URL"])
+        assert late.client().get("/v1/runs").status_code == 200
+        assert "Traceback" not in late.log.read_text()
+    finally:
+        late.stop(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("option", ["--no-migrate", None])
+def test_a_database_that_does_not_come_is_named_without_a_traceback(
+    option: str | None, environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_DATABASE_WAIT_SECONDS", 0)
+    monkeypatch.setattr(server, "configure_logging", lambda *_, **__: None)
+    settings = Settings(
+        home=tmp_path / "home",
+        database=DatabaseSettings(url=environment["PARAMPARA_DATABASE__URL"].replace("serve_", "none_")),
+        log_format="console",
+    )
+    with pytest.raises(Unavailable, match=r"does not answer .*PARAMPARA_DATABASE__URL right"):
+        server.serve(settings, host="127.0.0.1", port=0, migrate_first=option is None)
 
 
 def test_unsent_doorbells_are_sent_by_the_reconciler(served: Process, environment: dict[str, str]) -> None:

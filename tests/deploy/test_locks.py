@@ -108,7 +108,9 @@ def test_images_without_models_carry_no_machine_learning_library(service: str) -
 def test_vllm_on_cpu_is_the_same_set_as_without_containers() -> None:
     outside = locks.pins(ROOT / "requirements/vllm-cpu.lock.txt")
     inside = locks.pins(ROOT / "docker/model_server/vllm.cpu.txt")
-    assert {name: version for name, version in outside.items() if name != "ninja"} == inside
+    del outside["ninja"]  # nothing is compiled
+    del inside["setuptools"]  # imported by vLLM through PyTorch; outside it comes with the environment
+    assert outside == inside
 
 
 def test_vllm_on_a_gpu_is_one_version_everywhere() -> None:

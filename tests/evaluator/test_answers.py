@@ -21,13 +21,29 @@ from tests.evaluator.lines import FORMATS, Line
         ("  The  Sun. ", "the sun"),
         ("SUN", "sun"),
         ("Sun, Moon", "sun moon"),
-        ("13°20'", "13 20"),
+        ("13°20'", "13 degrees 20 minutes"),
+        ("2°13′20″", "2 degrees 13 minutes 20 seconds"),
+        ("Venus's", "venus s"),
+        ("“5”", "5"),
+        ("2,7, 11", "2 7 11"),
+        ("1.5.", "1.5"),
+        ("−5 %", "minus 5 percent"),
         ("\uff33un", "sun"),
         ("sub_lord", "sub lord"),
     ],
 )
 def test_normalise(text: str, normal: str) -> None:
     assert normalise(text) == normal
+
+
+@pytest.mark.parametrize(("said", "meant"), [("13'20", "13°20'"), ("-5", "5"), ("1.5", "1 5"), ("15", "1.5"), ("5", "5 %"), ("5'", '5 "')])
+def test_numbers_of_another_unit_or_sign_are_other_answers(said: str, meant: str) -> None:
+    assert not exact_answer(said, meant)
+
+
+@pytest.mark.parametrize(("said", "meant"), [("2°13' 20''", "2°13'20\""), ("2 degrees 13 minutes", "2°13'"), ("1-5", "1–5")])
+def test_ways_of_writing_one_number_are_one_answer(said: str, meant: str) -> None:
+    assert exact_answer(said, meant)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from evaluator.line import members
 from parampara.errors import InvalidData, InvalidRequest, Preempted
 from parampara.execution import stop
 from parampara.progress import SilentProgress
+from parampara.schemas.metrics import is_reported
 from parampara.schemas.stages import EvaluateParams, EvaluateResult, Gate
-from tests.evaluator.lines import Line
+from tests.evaluator.lines import FORMATS, Line
 
 GATES = [
     Gate(metric="parity.merged.recovered", min=0.99, action="fail"),
@@ -55,6 +56,8 @@ def test_every_promised_metric_is_there(done: tuple[EvaluateResult, Recorded]) -
         "dapt.perplexity_reduction",
         "sft.validation_loss.before",
         "sft.validation_loss.after",
+        "sft.perplexity_change",
+        "exact.kinds_mean",
         "quantize.perplexity_increase",
         "format.cites_rule",
         "exact.kind.star_lord",
@@ -62,6 +65,7 @@ def test_every_promised_metric_is_there(done: tuple[EvaluateResult, Recorded]) -
         "language.reference.hinglish",
         "parity.merged.differs_from_base",
     } <= metrics.keys()
+    assert [name for name in metrics if not is_reported(name, formats=FORMATS)] == [], "a gate may name each of them"
 
 
 def test_the_parts_agree_with_each_other(done: tuple[EvaluateResult, Recorded]) -> None:
@@ -69,6 +73,8 @@ def test_the_parts_agree_with_each_other(done: tuple[EvaluateResult, Recorded]) 
     assert metrics["dapt.perplexity_reduction"] == pytest.approx(1 - metrics["perplexity.dapt"] / metrics["perplexity.base"])
     assert metrics["sft.validation_loss.before"] == metrics["validation_loss.dapt"]
     assert metrics["sft.validation_loss.after"] == metrics["validation_loss.sft"]
+    assert metrics["sft.perplexity_change"] == pytest.approx(metrics["perplexity.sft"] / metrics["perplexity.dapt"] - 1)
+    assert metrics["exact.kinds_mean"] == pytest.approx((metrics["exact.kind.star_lord"] + metrics["exact.kind.year"]) / 2)
     assert abs(metrics["quantize.perplexity_increase"]) < 0.05
     assert metrics["size.quantized_bytes"] < metrics["size.merged_bytes"]
 
@@ -111,7 +117,7 @@ def test_a_wish_to_stop_leaves_nothing(line: Line, tmp_path: Path) -> None:
 
 def test_a_broken_format_is_refused_before_any_model_is_loaded(line: Line, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="not a regular expression"):
-        run(line.config(params=EvaluateParams(formats={"x": "("})), workdir=tmp_path, progress=SilentProgress())
+        run(line.config(params=EvaluateParams.model_construct(formats={"x": "("})), workdir=tmp_path, progress=SilentProgress())
 
 
 @pytest.mark.parametrize(

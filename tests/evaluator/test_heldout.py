@@ -18,7 +18,7 @@ def test_without_validation_files_the_split_of_training_is_used(line: Line) -> N
     path = line.root / "qa.jsonl"
     params = SftParams(validation_fraction=0.4)
     held = read_held_out(line.config(qa=QaData(train=[path]), sft_params=params), load_tokenizer(line.root / "base"))
-    trained, kept = hold_out(read_qa(path), fraction=0.4, seed=42, content=lambda row: row.text)
+    trained, kept = hold_out(read_qa(path), fraction=0.4, seed=42, content=lambda row: row.asked)
     assert {question.text for question in held.questions} == {row.question for row in kept}
     assert not {question.text for question in held.questions} & {row.question for row in trained}
     assert held.texts
@@ -59,3 +59,28 @@ def test_a_missing_file_is_named(line: Line, tmp_path: Path) -> None:
     qa = QaData(train=[tmp_path / "gone.jsonl"])
     with pytest.raises(InvalidData, match=r"gone\.jsonl"):
         read_held_out(line.config(qa=qa), load_tokenizer(line.root / "base"))
+
+
+def test_a_question_with_two_answers_is_not_split(line: Line, tmp_path: Path) -> None:
+    """The same question in training and held out would measure memory."""
+    write_rows(tmp_path / "two.jsonl", [{"question": f"Who rules star {n // 2}?", "answer": f"Answer: {n}"} for n in range(60)])
+    params, qa = SftParams(validation_fraction=0.3), QaData(train=[tmp_path / "two.jsonl"])
+    config = line.config(qa=qa, sft_params=params, params=EvaluateParams(max_questions=100))
+    held = read_held_out(config, load_tokenizer(line.root / "base"))
+    assert len(held.questions) == 18
+    assert len({question.text for question in held.questions}) == 9
+
+
+def test_held_out_questions_that_training_asks_too_are_counted(line: Line, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [{"question": "Who rules Ashwini?", "answer": "Ketu"}, {"question": "Why?", "answer": "So."}])
+    write_rows(tmp_path / "held.jsonl", [{"question": "who rules  Ashwini?", "answer": "Moon"}, {"question": "How?", "answer": "So."}])
+    qa = QaData(train=[tmp_path / "train.jsonl"], validation=[tmp_path / "held.jsonl"])
+    assert read_held_out(line.config(qa=qa), load_tokenizer(line.root / "base")).trained_on == 1
+
+
+def test_the_language_of_a_row_without_a_label_is_told_from_its_question(line: Line, tmp_path: Path) -> None:
+    asked = ["Ketu ki dasha kitne saal ki hoti hai?", "How many years does the dasha of Ketu have?", "Ketu?"]
+    write_rows(tmp_path / "plain.jsonl", [{"question": text, "answer": "7"} for text in asked])
+    qa = QaData(train=[tmp_path / "plain.jsonl"], validation=[tmp_path / "plain.jsonl"])
+    held = read_held_out(line.config(qa=qa), load_tokenizer(line.root / "base"))
+    assert {question.text: question.language for question in held.questions} == dict(zip(asked, ["hinglish", "english", ""], strict=True))

@@ -12,7 +12,8 @@ from pathlib import Path
 import generate
 import kp_system as kp
 import pytest
-from questions import KINDS, answer_text
+from facts import answer_text
+from questions import KINDS
 
 from parampara.rag import INSTRUCTION, context_message
 
@@ -141,3 +142,60 @@ def test_uncovered_things_are_in_no_book():
     books = " ".join(path.read_text(encoding="utf-8") for path in (generate.HERE / "books").glob("*.txt")).casefold()
     for fact in KINDS["not_covered"].facts():
         assert fact.words["thing"] not in books
+
+
+def test_nodes_are_the_lord_of_no_house():
+    """Rahu and Ketu own no sign."""
+    said = [fact for fact in KINDS["significator_level"].facts() if fact.words["rel"] == "is the lord of"]
+    assert len(said) == 12
+    assert not {fact.words["e"] for fact in said} & {"Rahu", "Ketu"}
+
+
+def test_chart_answers_follow_from_the_arithmetic():
+    """Each answer computed again from the words of its question, by the rules and not by the module that made it."""
+    checked = Counter()
+    for row in ROWS:
+        text, said = question(row), row["metadata"]["expected"].split(", ")
+        places = {name: kp.longitude(sign=sign, degrees=int(degrees), minutes=int(minutes))
+                  for name, degrees, minutes, sign in re.findall(r"(\w*) (\d+)°(\d\d)' (\w+)", " " + text)}  # fmt: skip
+        if row["metadata"]["kind"] == "chart_position":
+            (place,) = places.values()
+            star, within = divmod(place, kp.STAR_LENGTH)
+            lords, ends = kp.lords_from(kp.LORDS[star % 9]), 0
+            for lord in lords:
+                ends += 400 * kp.DASHA_YEARS[lord]
+                if within < ends:
+                    break
+            assert said == [list(kp.SIGN_LORDS.values())[place // kp.SIGN_LENGTH], lords[0], lord]
+        elif row["metadata"]["kind"] == "chart_ruling_planets":
+            day = next(day for day in kp.DAY_LORDS if day in text)
+            expected = [
+                lord
+                for place in places.values()  # the ascendant comes first in every phrasing
+                for lord in (kp.LORDS[place // kp.STAR_LENGTH % 9], list(kp.SIGN_LORDS.values())[place // kp.SIGN_LENGTH])
+            ]
+            assert said == list(dict.fromkeys([*expected, kp.DAY_LORDS[day]])), text
+        elif row["metadata"]["kind"] == "chart_significators":
+            planets = {name: place for name, place in places.items() if name in kp.LORDS}
+            first = next(place for name, place in places.items() if name not in kp.LORDS)
+            house = int(re.search(r"[Hh]ouse (\d+)", text)[1])
+            inside = [name for name, place in planets.items() if (place - first) % kp.CIRCLE // kp.SIGN_LENGTH == house - 1]
+            lord = list(kp.SIGN_LORDS.values())[(first + (house - 1) * kp.SIGN_LENGTH) % kp.CIRCLE // kp.SIGN_LENGTH]
+            star = {name: kp.LORDS[place // kp.STAR_LENGTH % 9] for name, place in planets.items()}
+            first_level = [name for name in planets if star[name] in inside]
+            third_level = [name for name in planets if star[name] == lord]
+            assert said == list(dict.fromkeys([*first_level, *inside, *third_level, lord])), text
+            assert inside
+        else:
+            continue
+        checked[row["metadata"]["kind"]] += 1
+    assert set(checked) == {"chart_position", "chart_ruling_planets", "chart_significators"}
+    assert min(checked.values()) > 100
+
+
+def test_hinglish_is_hinglish_and_rules_have_a_verb():
+    for row in ROWS:
+        if row["metadata"]["language"] == "hinglish":
+            assert not re.search(r"\b(the|of|is|are|which|what)\b", question(row), re.IGNORECASE), question(row)
+            rule = answer(row).split("\n")[1]
+            assert re.search(r"\b(hai|hain|hota|hote|dekhte)\b", rule), rule

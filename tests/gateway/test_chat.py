@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from parampara.db.models import Alias
+from parampara.db.models import Alias, Model, Run
 from tests.gateway.conftest import MODEL, Running
 
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Who rules Ashwini?"}]
@@ -58,6 +58,23 @@ def test_raw_completions_with_the_sdk(gateway: Running) -> None:
     sdk._strict_response_validation = False
     chunks = list(sdk.completions.create(model="kp", prompt=["a"], stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == "Answer: Ketu"
+
+
+def test_a_model_is_asked_under_the_system_prompt_it_was_trained_with(gateway: Running) -> None:
+    recipe = {"stages": {"sft": {"system_prompt": "You are an expert in KP."}}}
+    with gateway.sessions.begin() as session:
+        session.add(Run(id="run_1", name="kp", recipe=recipe, datasets={}))
+        session.flush()
+        session.get_one(Model, MODEL).run_id = "run_1"
+    time.sleep(0.6)
+    question = {"role": "user", "content": "Who rules Ashwini?"}
+    trained = {"role": "system", "content": "You are an expert in KP."}
+    for name in ("kp", MODEL):
+        assert gateway.ask(model=name).status_code == 200
+        assert gateway.script.last["messages"] == [trained, question]
+    own = {"role": "system", "content": "Be brief."}
+    assert gateway.ask(messages=[own, question]).status_code == 200
+    assert gateway.script.last["messages"] == [own, question]
 
 
 def test_the_prefix_cache_is_salted_by_key_and_the_user_field_stays_here(gateway: Running) -> None:

@@ -164,6 +164,10 @@ def change_config(adapter: Path, target: Path, **settings: Any) -> Path:
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"peft_type": "LOHA"}, "LOHA"),
         ({"r": 5}, "has factors"),
+        ({"r": None}, "r is None"),
+        ({"r": "16"}, "r is '16'"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"lora_alpha": 0}, "lora_alpha is 0"),
     ],
 )
 def test_unsupported_adapters_are_refused_by_name_before_any_byte(

@@ -6,8 +6,10 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,9 +17,10 @@ from parampara.errors import InvalidData, InvalidRequest, Preempted
 from parampara.execution import stop
 from parampara.progress import SilentProgress
 from parampara.schemas.stages import QuantizeConfig, QuantizeParams, QuantizeResult
-from quantizer.backends import SchemeUnavailable, bitsandbytes
+from quantizer.backends import SchemeUnavailable, bitsandbytes, unsloth
 from quantizer.checkpoint import next_token_log_probs, quantized_weights
 from quantizer.quantize import check, run
+from tests.compressed import compress
 from tests.tiny_models import make_model
 
 COMPANIONS = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
@@ -86,12 +89,12 @@ def test_files_are_readable_for_a_model_server_of_another_user(quantized: Quanti
 def test_a_checkpoint_of_another_model_is_refused(quantized: QuantizeResult, tmp_path: Path) -> None:
     stranger = make_model(tmp_path / "stranger", seed=7, dtype="float16")
     with pytest.raises(SchemeUnavailable, match="does not answer like its parent"):
-        check(stranger, quantized.output)
+        check(next_token_log_probs(stranger), quantized.output)
 
 
 def test_a_checkpoint_without_eight_bit_weights_is_refused(parent: Path) -> None:
     with pytest.raises(SchemeUnavailable, match="no eight-bit weight"):
-        check(parent, parent)
+        check(next_token_log_probs(parent), parent)
 
 
 def test_a_model_that_is_already_quantized_is_refused(quantized: QuantizeResult, tmp_path: Path) -> None:
@@ -120,7 +123,84 @@ def test_tied_heads_stay_whole(tmp_path: Path) -> None:
     model = make_model(tmp_path / "tied", tied=True, dtype="float16")
     (tmp_path / "out").mkdir()
     bitsandbytes.write(model, tmp_path / "out")
-    assert check(model, tmp_path / "out").kl < 5e-3
+    assert check(next_token_log_probs(model), tmp_path / "out").kl < 5e-3
+
+
+def nothing_in_it(model: Path, output: Path) -> None:
+    output.mkdir(parents=True)
+
+
+def an_unknown_method(model: Path, output: Path) -> None:
+    shutil.copytree(model, output)
+    config = json.loads((output / "config.json").read_text())
+    (output / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "of-next-year"}}))
+
+
+def a_config_of_another_shape(model: Path, output: Path) -> None:
+    compress(model, output)
+    config = json.loads((output / "config.json").read_text())
+    (output / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 9}))
+
+
+def a_torn_file(model: Path, output: Path) -> None:
+    compress(model, output)
+    weights = output / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def another_vocabulary(model: Path, output: Path) -> None:
+    compress(make_model(output.parent / "other", vocab_size=600, dtype="float16"), output)
+
+
+@pytest.mark.parametrize("product", [nothing_in_it, an_unknown_method, a_config_of_another_shape, a_torn_file, another_vocabulary])
+def test_a_bad_product_of_unsloth_is_recorded_and_the_next_scheme_runs(
+    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, product: Callable[[Path, Path], None]
+) -> None:
+    """Unsloth's own export needs a GPU; what it may leave behind is made here."""
+    monkeypatch.setattr(unsloth, "write", lambda model, output, **_: product(model, output))
+    result = run(QuantizeConfig(model=parent), workdir=tmp_path / "work", progress=SilentProgress())
+    assert [(attempt.scheme, attempt.ok) for attempt in result.attempts] == [("unsloth", False), ("bitsandbytes", True)]
+    assert "checkpoint" in result.attempts[0].reason
+    assert quantized_weights(result.output)
+    assert "staging" not in {path.name for path in (tmp_path / "work").iterdir()}
+
+
+def test_a_compressed_tensors_product_is_kept(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unsloth, "write", lambda model, output, **_: compress(model, output))
+    result = run(QuantizeConfig(model=parent), workdir=tmp_path, progress=SilentProgress())
+    assert (result.scheme, len(result.attempts)) == ("unsloth", 1)
+    assert result.quantized_modules == 2 * PROJECTIONS
+
+
+def test_a_parent_that_cannot_be_loaded_is_the_users_fault_and_no_scheme_is_blamed(
+    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(parent, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "of-next-year"}))
+    monkeypatch.setattr(unsloth, "write", lambda model, output, **_: compress(parent, output))
+    with pytest.raises(InvalidData, match="cannot be loaded"):
+        run(QuantizeConfig(model=model), workdir=tmp_path / "work", progress=SilentProgress())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_unsloth_is_told_the_stored_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """Left to itself it takes bfloat16 on a GPU that has it, and a float16 weight loses three bits. Its own loader runs nowhere here."""
+    import torch
+
+    asked: dict[str, Any] = {}
+
+    class Loader:
+        @staticmethod
+        def from_pretrained(model: str, **settings: Any) -> tuple[Any, Any]:
+            asked.update(settings)
+            raise RuntimeError("loaded")
+
+    monkeypatch.setenv("UNSLOTH_COMPRESSED_QUANTIZE_PYTHONPATH", str(tmp_path))  # or its check for llm-compressor would come first
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=Loader))
+    with pytest.raises(RuntimeError, match="loaded"):
+        unsloth._export(str(make_model(tmp_path / "model", dtype=dtype)), "out", "w8a8")
+    assert asked["dtype"] == getattr(torch, dtype)
 
 
 @pytest.mark.slow

@@ -45,6 +45,24 @@ def test_keys_and_passwords_are_cut_out(secret: str) -> None:
     assert record["n"] == 1
 
 
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_nothing_gets_round_the_cut(capsys: pytest.CaptureFixture[str], log_format: str) -> None:
+    telemetry.configure_logging("trainer", log_format=log_format, level="INFO")
+    secret = "postgresql://user:hunter2secret@host/db Bearer abcdefgh12345678"
+    try:
+        raise RuntimeError(secret)
+    except RuntimeError as error:
+        telemetry.get_logger("x").exception("failed")
+        telemetry.get_logger("x").error("failed", error=error, nested={"headers": [("Authorization", secret)], "n": 1})
+        logging.getLogger("library").exception("from a library: %s", error)
+        logging.getLogger("library").error(error)
+    written = capsys.readouterr().err
+    assert written.count("Traceback") == 2
+    assert written.count("RuntimeError") >= 3
+    assert "hunter2" not in written
+    assert "12345678" not in written
+
+
 def test_the_metrics_server_tells_why_it_is_not_ready() -> None:
     faults: list[str] = []
     server = telemetry.start_metrics_server(0, host="127.0.0.1", ready=lambda: faults)

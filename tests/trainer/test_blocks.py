@@ -8,9 +8,10 @@ import pytest
 
 from parampara.errors import InvalidData
 from parampara.progress import SilentProgress
+from parampara.schemas.stages import TextData
 from tests.trainer.runs import dapt_config, write_book
 from trainer import dapt
-from trainer.blocks import build_rows, pack, separate
+from trainer.blocks import build_rows, end_of_text, pack, separate
 from trainer.engine import load_tokenizer
 
 
@@ -29,9 +30,28 @@ def test_books_become_full_blocks_and_held_out_chunks(base: Path, book: Path) ->
     text = tokenizer.decode([token for row in data.train for token in row.input_ids], skip_special_tokens=True)
     for row in data.validation:
         assert row.input_ids[0] == tokenizer.bos_token_id
-        assert row.input_ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(row.input_ids, skip_special_tokens=True) not in text
     assert data.facts["train_chunks"] > data.facts["validation_chunks"] >= 1  # type: ignore[operator]
+
+
+def test_only_the_end_of_a_document_is_taught_as_the_end_of_text(tmp_path: Path) -> None:
+    """Llama 3's chat models end a turn with their EOS; text ends with another token, and a chunk ends with none."""
+    tokenizer = load_tokenizer(Path(__file__).parents[2] / "examples" / "kp" / "base")
+    books = [write_book(tmp_path / f"{seed}.txt", seed=seed) for seed in range(2)]
+    config = dapt_config(tmp_path, books[0])
+    config = config.model_copy(update={"data": TextData(train=books, validation=[books[0]])})
+    data = build_rows(config, tokenizer)
+    end, turn = (tokenizer.get_vocab()[token] for token in ("<|end_of_text|>", "<|eot_id|>"))
+    stream = [token for row in data.train for token in row.input_ids]
+    assert data.facts["train_chunks"] > 10  # type: ignore[operator]
+    assert (stream.count(end), stream[-1], stream.count(turn)) == (2, end, 0)
+    assert stream.count(tokenizer.bos_token_id) == data.facts["train_chunks"]
+    assert [row.input_ids[-1] == end for row in data.validation] == [False] * (len(data.validation) - 1) + [True]
+
+
+def test_a_vocabulary_without_end_of_text_ends_with_its_eos(base: Path) -> None:
+    tokenizer = load_tokenizer(base)
+    assert end_of_text(tokenizer) == tokenizer.eos_token_id
 
 
 def test_too_little_text_is_refused(base: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from parampara.datasets import Message, QaRow, read_qa
 from parampara.errors import InvalidData
 from parampara.progress import SilentProgress
+from parampara.schemas.stages import QaData
 from tests.tiny_models import make_model
 from tests.trainer.runs import sft_config
 from trainer import sft
@@ -103,3 +105,35 @@ def test_one_row_is_too_few(base: Path, tmp_path: Path) -> None:
     path.write_text('{"question": "a", "answer": "b"}\n')
     with pytest.raises(InvalidData, match="at least 2 distinct rows"):
         sft.run(sft_config(base, path), workdir=tmp_path / "work", progress=SilentProgress())
+
+
+def write_questions(path: Path, rows: list[tuple[str, str]]) -> Path:
+    path.write_text("".join(json.dumps({"question": question, "answer": answer}) + "\n" for question, answer in rows), encoding="utf-8")
+    return path
+
+
+def test_a_question_with_two_answers_is_not_split(base: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """The same question in training and validation would measure memory."""
+    path = write_questions(tmp_path / "two.jsonl", [(f"Who rules star {n // 2}?", f"Answer: {n}") for n in range(60)])
+    data = build_rows(sft_config(base, path), tokenizer)
+    train, held = ({tuple(row.input_ids[: row.labels.count(IGNORED)]) for row in side} for side in (data.train, data.validation))
+    assert (len(train), len(held)) == (27, 3)
+    assert not train & held
+    assert data.facts["asked_in_both"] == 0
+
+
+def test_questions_that_are_trained_on_and_validated_with_are_told(base: Path, tmp_path: Path) -> None:
+    train = write_questions(tmp_path / "train.jsonl", [("Who rules Ashwini?", "Ketu"), ("Who rules Bharani?", "Venus")])
+    held = write_questions(tmp_path / "held.jsonl", [("who rules  Ashwini?", "Answer: Ketu"), ("Who rules Rohini?", "Moon")])
+    config = sft_config(base, train, max_steps=1)
+    config = config.model_copy(update={"data": QaData(train=[train], validation=[held])})
+
+    class Warned(SilentProgress):
+        events: list[str] = []
+
+        def event(self, message: str, **data: Any) -> None:
+            self.events.append(message)
+
+    progress = Warned()
+    sft.run(config, workdir=tmp_path / "work", progress=progress)
+    assert [event for event in progress.events if event.startswith("1 of 2 validation rows")]

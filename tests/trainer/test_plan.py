@@ -52,3 +52,23 @@ def test_grouping_by_length_saves_padding() -> None:
     shuffled = [order[i : i + 4] for i in range(0, 800, 4)]
     padded = sum(4 * max(lengths[row] for row in rows) for rows in shuffled)
     assert plan.efficiency > 0.95 > sum(lengths) / padded + 0.2
+
+
+def test_a_few_long_rows_among_many_short_ones_pad_little() -> None:
+    """An eighth of the rows ten times as long as the rest: questions with retrieved passages among plain ones."""
+    chance = random.Random(0)
+    lengths = [chance.randint(80, 650) if chance.random() < 0.125 else chance.randint(25, 60) for _ in range(4000)]
+    plan = plan_batches(lengths, batch_size=16, accumulation=1, epochs=2, max_steps=None, seed=1)
+    assert plan.efficiency > 0.88
+
+
+def test_rows_of_a_small_set_do_not_meet_their_own_repetitions() -> None:
+    """Sorted over several epochs together, the copies of each row would fill its steps."""
+    plan = plan_batches(list(range(10, 74)), batch_size=8, accumulation=1, epochs=8, max_steps=None, seed=1)
+    assert all(len(set(rows)) == len(rows) for rows in plan)
+
+
+def test_another_order_has_another_digest() -> None:
+    arguments = {"batch_size": 2, "accumulation": 1, "epochs": 1.0, "max_steps": None}
+    first, same, other = (plan_batches([5] * 40, seed=seed, **arguments) for seed in (1, 1, 2))
+    assert first.sha256 == same.sha256 != other.sha256

@@ -256,13 +256,50 @@ def test_evaluation_while_training_changes_nothing(base: Path, qa: Path, tmp_pat
     assert [record["step"] for record in records if "validation_loss" in record][:3] == [0, 4, 8]
 
 
-def test_paged_optimizer_on_a_cpu_is_replaced_and_said(base: Path, book: Path, tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("a GPU runs the paged optimizer itself")
-    progress = Recorder()
-    result = run(dapt_config(base, book, optim="paged_adamw_32bit", epochs=1), tmp_path, progress)
-    assert result.optimizer == "adamw_torch_fused"
-    assert any("paged_adamw_32bit needs a GPU" in event for event in progress.events)
+def test_a_stop_during_evaluation_keeps_the_steps_before_it(base: Path, qa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked to stop while step 8 is evaluated, far from the next checkpoint: nothing is trained again, and the evaluation is made up for."""
+    from trainer import validation
+
+    config = sft_config(base, qa, eval_steps=4, checkpoint_steps=100)
+    run(config, tmp_path / "whole")
+    batches, original = 0, validation._batches
+
+    def counted(rows: Any) -> Iterator[Any]:
+        nonlocal batches
+        for batch in original(rows):
+            batches += 1
+            if batches == 3:  # before training, at step 4, at step 8: the rows make one batch
+                stop.request()
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(validation, "_batches", counted)
+        with pytest.raises(Preempted, match="step 8 of"):
+            run(config, tmp_path / "parts")
+    stop.clear()
+    assert batches == 3
+    assert run(config, tmp_path / "parts").resumed_from_step == 8
+    assert adapter_sha(tmp_path / "parts") == adapter_sha(tmp_path / "whole")
+    whole, parts = (validations(tmp_path / name) for name in ("whole", "parts"))
+    assert whole == parts
+    assert 8 in whole
+
+
+def validations(workdir: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"])
+def test_optimizers_of_bitsandbytes_run_and_resume_exactly_on_a_cpu_too(base: Path, book: Path, tmp_path: Path, optim: str) -> None:
+    config = dapt_config(base, book, optim=optim, epochs=1)
+    whole = run(config, tmp_path / "whole")
+    assert whole.optimizer == optim
+    assert whole.validation_loss_after < whole.validation_loss_before
+    preempted(config, tmp_path / "parts", at=2)
+    assert run(config, tmp_path / "parts").resumed_from_step == 2
+    assert adapter_sha(tmp_path / "parts") == adapter_sha(tmp_path / "whole")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 def test_modules_that_the_base_lacks_are_refused(base: Path, book: Path, tmp_path: Path) -> None:

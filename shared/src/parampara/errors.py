@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 EXIT_OK = 0
+EXIT_BUSY = 74
 EXIT_PREEMPTED = 75
 EXIT_DIVERGED = 76
 EXIT_OUT_OF_MEMORY = 77
@@ -112,6 +113,13 @@ class Preempted(ParamparaError):
 
     code = "preempted"
     exit_code = EXIT_PREEMPTED
+
+
+class WorkdirBusy(ParamparaError):
+    """Another process still works in the stage's directory; nothing was touched."""
+
+    code = "workdir_busy"
+    exit_code = EXIT_BUSY
 
 
 class Diverged(ParamparaError):

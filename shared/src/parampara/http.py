@@ -12,6 +12,8 @@ import asyncio
 import importlib.util
 import json
 import re
+import signal
+import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -74,6 +76,14 @@ def install_error_handlers(
         larger_bodies=larger_bodies or {},
         slow_body_seconds=slow_body_seconds,
     )
+
+
+def exit_zero_on_sigterm() -> None:
+    """Let a process that is told to stop exit with 0, whether it serves already or still loads. Call it first in ``main``.
+
+    Uvicorn ends its requests, then raises the signal again: by default that kills the process, which looks like a crash (143).
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
 
 def install_docs(app: FastAPI) -> None:

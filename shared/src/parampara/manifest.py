@@ -84,10 +84,13 @@ def verify(directory: Path, manifest: Manifest, *, deep: bool = True) -> None:
     """Check that ``directory`` holds exactly what the manifest says (``deep`` also hashes the bytes).
 
     Raises:
-        ArtifactDamaged: names the first file that is missing, added or different.
+        ArtifactDamaged: names the first file that is missing, added or different, or a link where files should be.
     """
     listed = {entry.path: entry for entry in manifest.files}
-    present = {p.relative_to(directory).as_posix(): p for p in regular_files(directory)}
+    try:
+        present = {p.relative_to(directory).as_posix(): p for p in regular_files(directory)}
+    except InvalidData as error:
+        raise ArtifactDamaged(f"{directory.name}: {error.message}") from None
     present.pop(MANIFEST_NAME, None)
     if extra := sorted(set(present) - set(listed)):
         raise ArtifactDamaged(f"{directory.name}: file {extra[0]} is not in the manifest.", param=extra[0])

@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, Field, SecretStr
+from pydantic import BaseModel, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -39,6 +39,16 @@ class WorkerSettings(BaseModel):
     stall_seconds: Annotated[float, Field(ge=10)] = 1800
     """A stage process that reports nothing for this long is stopped and counted as a crash."""
     metrics_port: Port | None = None
+    metrics_host: str = "127.0.0.1"
+
+    @model_validator(mode="after")
+    def _beats_often_enough(self) -> WorkerSettings:
+        if self.heartbeat_seconds > self.lease_seconds / 3:
+            raise ValueError(
+                f"heartbeat_seconds {self.heartbeat_seconds:g} is above a third of lease_seconds {self.lease_seconds:g}: one "
+                "late heartbeat would lose the job; make the heartbeat shorter or the lease longer"
+            )
+        return self
 
 
 class GatewaySettings(BaseModel):

@@ -7,8 +7,11 @@ renames. A reader sees the whole artifact or none of it; publishing the same con
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import shutil
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ from typing import Any
 from parampara.errors import ArtifactDamaged, NotFound
 from parampara.manifest import MANIFEST_NAME, Manifest, describe, verify
 from parampara.schemas.stages import ArtifactKind
+
+_ABANDONED_SECONDS = 24 * 3600.0
 
 
 class LocalStorage:
@@ -51,6 +56,7 @@ class LocalStorage:
             fsync_tree(stage)
             target = self._path(manifest.id)
             target.parent.mkdir(parents=True, exist_ok=True)
+            fsync_directory(self.root)
             self._set_aside_if_damaged(manifest)
             if not target.exists():
                 try:
@@ -80,22 +86,44 @@ class LocalStorage:
         Raises:
             NotFound, ArtifactDamaged
         """
-        manifest = Manifest.model_validate_json((self.path(artifact_id) / MANIFEST_NAME).read_bytes())
+        try:
+            manifest = Manifest.model_validate_json((self.path(artifact_id) / MANIFEST_NAME).read_bytes())
+        except ValueError:
+            raise ArtifactDamaged(f"The manifest of {artifact_id} is not a manifest any more.", param="artifact_id") from None
         if manifest.id != artifact_id:
             raise ArtifactDamaged(f"The manifest of {artifact_id} was changed.", param="artifact_id")
         return manifest
 
-    def verify(self, artifact_id: str, *, deep: bool = True) -> Path:
-        """Return the directory after checking its files against the manifest.
+    def verify(self, artifact_id: str, *, deep: bool = True, cache: Path | None = None) -> Path:
+        """Return the directory after checking its files against the manifest, with ``deep`` their bytes too.
+
+        Hashing a 16 GB model takes a minute: with ``cache`` (a directory) that is done once for given sizes, times of
+        change and inodes. A byte that a failing disk turns over after that is not noticed; one that was written is.
 
         Raises:
             NotFound, ArtifactDamaged
         """
-        verify(self.path(artifact_id), self.manifest(artifact_id), deep=deep)
-        return self.path(artifact_id)
+        directory, manifest = self.path(artifact_id), self.manifest(artifact_id)
+        if cache is None:
+            verify(directory, manifest, deep=deep)
+            return directory
+        seen, state = cache / artifact_id.replace(":", "-"), _state_of(directory, manifest)
+        known = seen.is_file() and seen.read_bytes() == state
+        verify(directory, manifest, deep=deep and not known)
+        if deep and not known:
+            cache.mkdir(parents=True, exist_ok=True)
+            write_atomically(seen, state)
+        return directory
 
     def delete(self, artifact_id: str) -> None:
         shutil.rmtree(self._path(artifact_id), ignore_errors=True)
+
+    def sweep(self, *, older_than_seconds: float = _ABANDONED_SECONDS) -> list[Path]:
+        """Remove what publishers that were killed left aside; returns the directories. The age keeps those alive safe."""
+        old = [path for path in self._staging.iterdir() if _age(path) > older_than_seconds]
+        for path in old:
+            shutil.rmtree(path, ignore_errors=True)
+        return old
 
     def _set_aside_if_damaged(self, manifest: Manifest) -> None:
         """Make room for an equal artifact whose stored copy has rotted: publishing it again heals the store."""
@@ -104,7 +132,7 @@ class LocalStorage:
             return
         try:
             self.verify(manifest.id)
-        except (ArtifactDamaged, NotFound, ValueError):
+        except (ArtifactDamaged, NotFound):
             rotten = self._staging / uuid.uuid4().hex
             os.rename(target, rotten)
             shutil.rmtree(rotten, ignore_errors=True)
@@ -147,6 +175,21 @@ def fsync_directory(directory: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _state_of(directory: Path, manifest: Manifest) -> bytes:
+    """Changes whenever a listed file is written or replaced, even by one of equal size and time of modification."""
+    stats = [(entry.path, path.lstat()) for entry in manifest.files if os.path.lexists(path := directory / entry.path)]
+    told = [[str(directory)], *([name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino] for name, stat in stats)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest().encode()
+
+
+def _age(path: Path) -> float:
+    """Seconds since a directory was renamed to its place or an entry was made in it."""
+    try:
+        return time.time() - path.lstat().st_ctime
+    except FileNotFoundError:  # published meanwhile
+        return 0.0
 
 
 def _moved(source: Path, target: Path) -> bool:

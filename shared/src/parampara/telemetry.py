@@ -33,16 +33,19 @@ def configure_logging(service: str, *, log_format: str | None = None, level: str
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _name_service(service),
-        redact,
     ]
-    console = log_format == "console"
     # plain tracebacks: the fancy ones take seconds to draw, in the event loop, and print the values of local variables
     in_colour = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
-    renderer = in_colour if console else structlog.processors.JSONRenderer()
-    tracebacks = [] if console else [structlog.processors.format_exc_info]
+    renderer = in_colour if log_format == "console" else structlog.processors.JSONRenderer()
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *tracebacks, renderer],
+        # redact is the last before the renderer: a traceback is text by then
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,
+            redact,
+            renderer,
+        ],
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
@@ -67,11 +70,19 @@ def bind(**values: Any) -> Iterator[None]:
 
 
 def redact(logger: Any, method: str, record: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """Cut keys, bearer tokens and passwords in URLs out of every text of a record."""
-    for key, value in record.items():
-        if isinstance(value, str):
-            record[key] = _SECRET.sub(r"\1***", value)
-    return record
+    """Cut keys, bearer tokens and passwords in URLs out of every text of a record, however deep it lies."""
+    return {key: _redacted(value) for key, value in record.items()}
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, bool | int | float | None):
+        return value
+    if isinstance(value, dict):
+        return {_redacted(key): _redacted(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_redacted(item) for item in value]
+    # what is not text yet would be written as its repr: an exception with a URL in its message, say
+    return _SECRET.sub(r"\1***", value if isinstance(value, str) else repr(value))
 
 
 def metrics_app() -> Any:
@@ -80,7 +91,7 @@ def metrics_app() -> Any:
 
 
 def start_metrics_server(
-    port: int, *, host: str = "0.0.0.0", ready: Callable[[], Iterable[str]] = tuple, more: Callable[[], bytes] = bytes
+    port: int, *, host: str = "127.0.0.1", ready: Callable[[], Iterable[str]] = tuple, more: Callable[[], bytes] = bytes
 ) -> ThreadingHTTPServer:
     """Serve ``/metrics``, ``/livez`` and ``/readyz`` from a thread; for processes that have no HTTP server, or one that asks for keys.
 

@@ -90,6 +90,14 @@ def test_epub_follows_the_spine_and_drops_markup(tmp_path: Path) -> None:
     ]
 
 
+def test_a_chapter_title_is_cleaned_like_its_text(tmp_path: Path) -> None:
+    one = "<html><body><h1>One\x00Two\u202egpj</h1><p>Gain.</p></body></html>"
+    book = read_book(make_epub(tmp_path / "a.epub", {"OEBPS/two.xhtml": one, "OEBPS/text/one a.xhtml": one}))
+    assert "\0" not in book.pages[0].label
+    assert "\u202e" not in book.pages[0].label
+    assert book.pages[0].label.startswith("One")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -97,6 +105,7 @@ def test_epub_follows_the_spine_and_drops_markup(tmp_path: Path) -> None:
         ("a.txt", b"  \n\t ", "no text"),
         ("a.md", b"caf\xe9", "not UTF-8 (byte 0xe9 at offset 3)"),
         ("a.docx", b"hello", ".docx is not a book format"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "y", "n": %s}\n' % (b"1" * 5000), "line 2: not JSON"),
         ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "line 2: a book row is"),
         ("a.jsonl", b"hello\n", "line 1: not JSON"),
         ("a.jsonl", b"[" * 200_000, "line 1: not JSON"),

@@ -42,6 +42,11 @@ def test_three_forms_become_messages(tmp_path: Path) -> None:
     assert rows[3].messages == [Message("user", "Say hi"), Message("assistant", "hi")]
 
 
+def test_metadata_is_cleaned_like_the_text(tmp_path: Path) -> None:
+    (row, _) = read_qa(write(tmp_path / "qa.jsonl", {**GOOD, "metadata": {"expected": "Ke\0tu\u200b", "n": 3}}, GOOD))
+    assert row.metadata == {"expected": "Ketu", "n": 3}
+
+
 def chat(*turns: tuple[str, Any]) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
@@ -50,6 +55,7 @@ def chat(*turns: tuple[str, Any]) -> dict[str, Any]:
     ("row", "message"),
     [
         ("not json", "line 2: not JSON"),
+        ('{"question": "a", "answer": "b", "n": %s}' % ("1" * 5000), "line 2: not JSON"),
         ('["a"]', "line 2: a row is a JSON object, not list"),
         ({"prompt": "a", "completion": "b"}, "columns ['completion', 'prompt'] are none of the accepted forms"),
         ({"question": "a", "answer": "  "}, "line 2: answer is empty"),

@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from parampara.db import migrate
-from parampara.db.models import Run
+from parampara.db.models import Event, Run
 
 
 def test_models_and_migrations_agree(sessions: sessionmaker[Session]) -> None:
@@ -72,6 +72,30 @@ def test_waiting_ends_when_another_process_has_migrated(database_url: str, monke
         migrate.upgrade(database_url)
         assert waiting.result(timeout=10) == 0
     assert capsys.readouterr().err.count("the schema is at None") == 1, "said once, not every two seconds"
+
+
+def test_restored_events_come_before_all_that_follow(database_url: str, sessions: sessionmaker[Session]) -> None:
+    """A dump carries numbers of another cluster's transactions."""
+    with sessions() as session, session.begin():
+        session.add_all([Event(type="message", message=str(number), xid=xid) for number, xid in enumerate([10**15, 5, 10**15 + 7])])
+    migrate.upgrade(database_url)
+    migrate.upgrade(database_url)
+    with sessions() as session, session.begin():
+        session.add(Event(type="message", message="3"))
+    with sessions() as session:
+        assert session.scalars(select(Event.message).order_by(Event.xid, Event.id)).all() == ["0", "1", "2", "3"]
+
+
+def test_events_of_the_first_schema_keep_their_order(postgres, sessions: sessionmaker[Session], database_url: str) -> None:
+    migrate.downgrade(database_url, "0001")
+    with sessions() as session, session.begin():
+        session.execute(text("INSERT INTO events (type, message) VALUES ('message', 'a'), ('message', 'b')"))
+    migrate.upgrade(database_url)
+    with sessions() as session, session.begin():
+        session.add(Event(type="message", message="c"))
+    with sessions() as session:
+        assert session.scalars(select(Event.message).order_by(Event.xid, Event.id)).all() == ["a", "b", "c"]
+        assert migrate.drift(session.connection()) == []
 
 
 def test_null_json_is_sql_null(sessions: sessionmaker[Session]) -> None:

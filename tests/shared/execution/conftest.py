@@ -23,6 +23,8 @@ from parampara.schemas.recipe import parse_recipe
 from parampara.settings import Settings
 
 STAGES = Path(__file__).parents[2] / "chaos" / "stages"
+PYTHONPATH = os.pathsep.join([str(STAGES), *filter(None, [os.environ.get("PYTHONPATH")])])
+"""With the service ``sleepy`` in front of whatever this test run was given."""
 
 
 @pytest.fixture
@@ -105,5 +107,5 @@ class Queue:
 
 @pytest.fixture
 def queue(settings: Settings, sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch) -> Queue:
-    monkeypatch.setenv("PYTHONPATH", str(STAGES), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     return Queue(settings, sessions)

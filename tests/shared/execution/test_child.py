@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from parampara.errors import ParamparaError
+from parampara.errors import EXIT_BUSY, WorkdirBusy
 from parampara.execution import child
-from tests.shared.execution.conftest import STAGES
+from tests.shared.execution.conftest import PYTHONPATH
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def command(tmp_path: Path) -> Any:
         (tmp_path / name).write_text(text)
         arguments = ["dapt", "--config", str(tmp_path / name), "--workdir", str(tmp_path / "work")]
         return subprocess.Popen(
-            [sys.executable, "-m", "sleepy", *arguments], env={**os.environ, "PYTHONPATH": str(STAGES)}, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "sleepy", *arguments], env={**os.environ, "PYTHONPATH": PYTHONPATH}, stderr=subprocess.PIPE, text=True
         )
 
     return start
@@ -86,7 +86,7 @@ def test_sigterm_asks_for_a_checkpoint_and_exit_75(command: Any, tmp_path: Path)
 
 def test_a_workdir_has_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "_LOCK_WAIT_SECONDS", 0.2)
-    with child._lock(tmp_path), pytest.raises(ParamparaError, match="Another process still works") as caught:
+    with child._lock(tmp_path), pytest.raises(WorkdirBusy, match=f"process {os.getpid()} on .* still works") as caught:
         child._lock(tmp_path)
-    assert caught.value.code == "workdir_busy"
+    assert caught.value.exit_code == EXIT_BUSY
     child._lock(tmp_path).close()

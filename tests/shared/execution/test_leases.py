@@ -103,7 +103,7 @@ def zombie_writes(queue: Any, name: str) -> tuple[bool, bool]:
     before = snapshot(queue)
     with transaction(queue.sessions) as session:
         said = WRITES[name](queue, session, zombie)
-    return said, snapshot(queue) != before
+    return bool(said), snapshot(queue) != before
 
 
 @pytest.mark.parametrize("name", WRITES)
@@ -125,7 +125,7 @@ def test_a_claim_writes_nothing_after_the_job_has_ended(queue: Any) -> None:
         assert outcomes.fail(session, claim, error={"code": "x", "message": "x"})
     for write in WRITES.values():
         with transaction(queue.sessions) as session:
-            assert write(queue, session, claim) is False
+            assert not write(queue, session, claim)
 
 
 def test_lost_leases_without_progress_end_in_a_crash_loop(queue: Any) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import Text, cast, func, literal_column, select, update
 
+from parampara import manifest
 from parampara.db.models import Alias, Artifact, Attempt, Deployment, Event, Job, Model, Outbox
 from parampara.db.session import transaction
-from parampara.errors import InvalidRequest, NotFound, WrongState
+from parampara.errors import ArtifactDamaged, InvalidRequest, NotFound, WrongState
+from parampara.execution import products
 from parampara.execution.queue import enqueue_job, request_cancel, retry_job, retry_run
 from parampara.plan import deploy_spec
 from parampara.schemas.stages import DeployParams
@@ -19,7 +25,7 @@ LINE = ["dapt", "merge_dapt", "sft", "merge", "quantize", "evaluate", "deploy"]
 
 
 def test_a_run_goes_through_all_stages_and_is_served(queue: Any) -> None:
-    run_id = queue.start_run(gates=[{"metric": "half", "min": 0.4, "action": "fail"}])
+    run_id = queue.start_run(gates=[{"metric": "exact.sft", "min": 0.4, "action": "fail"}])
     assert list(queue.states(run_id).values()) == ["queued"] + ["waiting"] * 6
     assert queue.work() == [f"{name}:succeeded" for name in LINE]
     run, jobs = queue.the_run(run_id), queue.jobs(run_id)
@@ -57,8 +63,11 @@ def test_every_queued_job_has_its_doorbell_in_the_same_transaction(queue: Any) -
     run_id = queue.start_run()
     queue.work()
     with queue.sessions() as session:
-        rung = set(session.scalars(select(Outbox.job_id)))
-    assert rung == {job.id for job in queue.jobs(run_id).values()}
+        rows = session.execute(select(Outbox.job_id, cast(literal_column("outbox.xmin"), Text))).tuples().all()
+        queued = select(Event.job_id, cast(Event.xid, Text)).where(Event.job_id.is_not(None), Event.data["state"].astext == "queued")
+        told = set(session.execute(queued).tuples())
+    assert {job_id for job_id, _ in rows} == {job.id for job in queue.jobs(run_id).values()}
+    assert set(rows) == told, "written by the transaction that queued the job"
 
 
 def test_a_second_equal_run_reuses_every_product(queue: Any) -> None:
@@ -74,6 +83,18 @@ def test_a_second_equal_run_reuses_every_product(queue: Any) -> None:
         assert new[name].result == old[name].result
     assert queue.the_run(second).model != queue.the_run(first).model
     assert queue.work() == []
+
+
+def test_a_product_taken_twice_still_names_the_job_that_made_it(queue: Any) -> None:
+    datasets = {"books": [queue.book()], "qa": [queue.upload("{}", "qa.jsonl")]}
+    made = []
+    for _ in range(3):
+        run_id = queue.start_run(datasets=datasets)
+        claim = queue.claimed()
+        assert claim.run_id == run_id
+        queue.run(claim)
+        made.append(queue.job(claim.job_id))
+    assert [job.reused_from for job in made] == [None, made[0].id, made[0].id]
 
 
 def test_another_seed_or_reuse_false_makes_a_new_product(queue: Any) -> None:
@@ -109,8 +130,63 @@ def test_a_run_does_not_take_the_model_server_from_an_alias_that_came_meanwhile(
     assert served == {"kp": None, "third": queue.the_run(third).model}
 
 
+@pytest.mark.parametrize("damage", ["manifest", "link"])
+def test_rubbish_where_an_artifact_was_does_not_stop_the_worker(queue: Any, damage: str) -> None:
+    datasets = {"books": [queue.book()], "qa": [queue.upload("{}", "qa.jsonl")]}
+    first = queue.start_run(datasets=datasets)
+    queue.run(queue.claimed())
+    storage = LocalStorage(queue.settings.artifacts_dir)
+    artifact = storage.path(queue.jobs(first)["dapt"].artifact_id)
+    if damage == "manifest":
+        (artifact / "manifest.json").write_bytes(b"\0\0\0")
+    else:
+        (artifact / "adapter.txt").unlink()
+        (artifact / "adapter.txt").symlink_to("/etc/passwd")
+    with pytest.raises(ArtifactDamaged):
+        storage.verify(queue.jobs(first)["dapt"].artifact_id)
+    queue.start_run(datasets=datasets)
+    assert queue.run(queue.claimed()) == "succeeded"
+    storage.verify(queue.jobs(first)["dapt"].artifact_id)
+
+
+@pytest.mark.parametrize(("made_by", "read_by"), [("merge", "quantize"), ("quantize", "deploy")])
+def test_a_flipped_byte_of_an_input_is_noticed_before_it_is_read(queue: Any, made_by: str, read_by: str) -> None:
+    run_id = queue.start_run()
+    for name in LINE[: LINE.index(read_by)]:
+        assert queue.run(queue.claimed("train" if name in ("dapt", "sft") else name.partition("_")[0])) == "succeeded"
+    storage = LocalStorage(queue.settings.artifacts_dir)
+    directory = storage.path(queue.jobs(run_id)[made_by].artifact_id)
+    victim = directory / {"merge": "merged.txt", "quantize": "quantized.txt"}[made_by]
+    before, data = victim.stat(), bytearray(victim.read_bytes())
+    data[3] ^= 1
+    victim.write_bytes(data)
+    os.utime(victim, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert queue.run(queue.claimed(read_by)) == "failed"
+    error = queue.jobs(run_id)[read_by].error
+    assert (error["code"], victim.name in error["message"]) == ("artifact_damaged", True)
+
+
+def test_an_input_is_hashed_once_for_all_stages_that_read_it(queue: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    real = manifest.sha256_file
+    monkeypatch.setattr(manifest, "sha256_file", lambda path: hashed.append(path.name) or real(path))
+    queue.start_run()
+    queue.work()
+    # once when published, once when first read: merge, quantize, evaluate and deploy read what others have read before
+    assert (hashed.count("adapter.txt"), hashed.count("merged.txt"), hashed.count("quantized.txt")) == (4, 4, 2)
+
+
+def test_equal_bytes_under_another_suffix_are_another_input(queue: Any) -> None:
+    orders = json.dumps({"steps": 1, "seconds": 0})
+    for name, outcome in (("a.txt", "succeeded"), ("a.jsonl", "succeeded"), ("b.txt", "reused")):
+        datasets = {"books": [queue.upload(orders, name)], "qa": [queue.upload("{}", "qa.jsonl")]}
+        run_id = queue.start_run(datasets=datasets)
+        claim = queue.claimed()
+        assert (claim.run_id, queue.run(claim)) == (run_id, outcome)
+
+
 def test_held_by_a_gate_succeeds_without_deploying(queue: Any) -> None:
-    run_id = queue.start_run(gates=[{"metric": "half", "min": 0.9, "action": "hold"}])
+    run_id = queue.start_run(gates=[{"metric": "exact.sft", "min": 0.9, "action": "hold"}])
     queue.work()
     run, deploy = queue.the_run(run_id), queue.jobs(run_id)["deploy"]
     assert (run.state, run.gate) == ("succeeded", "hold")
@@ -126,18 +202,18 @@ def test_held_by_a_gate_succeeds_without_deploying(queue: Any) -> None:
 
 @pytest.mark.parametrize("deploy", ["kp", None])
 def test_failed_by_a_gate_fails_the_run(queue: Any, deploy: str | None) -> None:
-    run_id = queue.start_run(gates=[{"metric": "half", "min": 0.9, "action": "fail"}], deploy=deploy)
+    run_id = queue.start_run(gates=[{"metric": "exact.sft", "min": 0.9, "action": "fail"}], deploy=deploy)
     queue.work()
     run = queue.the_run(run_id)
     assert (run.state, run.gate, run.model) == ("failed", "fail", None)
     assert run.error["code"] == "gate_failed"
-    assert "half = 0.5, wanted at least 0.9" in run.error["message"]
+    assert "exact.sft = 0.5, wanted at least 0.9" in run.error["message"]
     with pytest.raises(WrongState, match="failed by a gate"), transaction(queue.sessions) as session:
         retry_run(session, run_id)
 
 
 def test_a_missed_gate_that_only_warns_promotes(queue: Any) -> None:
-    run_id = queue.start_run(gates=[{"metric": "half", "min": 0.9, "action": "promote"}])
+    run_id = queue.start_run(gates=[{"metric": "exact.sft", "min": 0.9, "action": "promote"}])
     queue.work()
     assert (queue.the_run(run_id).state, queue.states(run_id)["deploy"]) == ("succeeded", "succeeded")
 
@@ -172,6 +248,12 @@ def test_cancelling_a_run_cancels_what_waits_and_retry_brings_it_back(queue: Any
     assert queue.job(claim.job_id).cancel_requested
     assert set(queue.states(run_id).values()) == {"running", "cancelled"}
     assert queue.the_run(run_id).state not in ("cancelled", "succeeded", "failed")  # until the worker has really stopped
+    for retry, name in ((retry_run, run_id), (retry_job, queue.jobs(run_id)["sft"].id)):
+        with (
+            pytest.raises(WrongState, match=r"still being cancelled .dapt is stopping.; retry once"),
+            transaction(queue.sessions) as session,
+        ):
+            retry(session, name)
     assert queue.run(claim) == "cancelled"
     assert queue.the_run(run_id).state == "cancelled"
     assert set(queue.states(run_id).values()) == {"cancelled"}
@@ -181,6 +263,81 @@ def test_cancelling_a_run_cancels_what_waits_and_retry_brings_it_back(queue: Any
         retry_run(session, run_id)
     queue.work()
     assert queue.the_run(run_id).state == "succeeded"
+
+
+def test_a_retried_job_starts_its_clock_anew(queue: Any) -> None:
+    job_id = queue.enqueue(exit="diverged", at=1)
+    queue.run(queue.claimed())
+    with transaction(queue.sessions) as session:
+        long_ago = func.now() - timedelta(days=3)
+        session.execute(update(Job).values(started_at=long_ago, finished_at=long_ago))
+    with transaction(queue.sessions) as session:
+        retry_job(session, job_id)
+    assert queue.job(job_id).started_at is None
+    queue.run(queue.claimed())
+    job = queue.job(job_id)
+    assert job.finished_at - job.started_at < timedelta(hours=1)
+
+
+def test_two_runs_whose_ids_begin_alike_have_two_models(queue: Any) -> None:
+    datasets = {"books": [queue.book()], "qa": [queue.upload("{}", "qa.jsonl")]}
+    first = queue.start_run(datasets=datasets)
+    queue.work()
+    taken = queue.the_run(first).model
+    second = queue.start_run(datasets=datasets, seed=43)
+    with transaction(queue.sessions) as session:  # as if the first run's id began with the same digits
+        values = {"base_model": "tiny", "artifact_id": queue.jobs(first)["quantize"].artifact_id, "run_id": first}
+        session.add(Model(id=taken.replace(first[4:12], second[4:12]), **values))
+    queue.work()
+    run = queue.the_run(second)
+    assert run.model == taken.replace(first[4:12], second[4:16])
+    with queue.sessions() as session:
+        model = session.get_one(Model, run.model)
+        assert (model.artifact_id, model.run_id) == (queue.jobs(second)["quantize"].artifact_id, second)
+        assert session.get_one(Alias, "kp").model == run.model
+
+
+def test_a_cancel_while_the_product_is_published_is_heard(queue: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = queue.start_run()
+    claim = queue.claimed()
+    real = products.publish
+
+    def publish(*arguments: Any) -> products.Product:
+        product = real(*arguments)
+        with transaction(queue.sessions) as session:
+            request_cancel(session, run_id)
+        return product
+
+    monkeypatch.setattr(products, "publish", publish)
+    assert queue.run(claim) == "cancelled"
+    assert (queue.the_run(run_id).state, set(queue.states(run_id).values())) == ("cancelled", {"cancelled"})
+    with queue.sessions() as session:
+        assert session.scalars(select(Attempt.state)).all() == ["cancelled"]
+        assert session.scalars(select(Artifact)).all() == []
+    with transaction(queue.sessions) as session:
+        retry_run(session, run_id)
+    monkeypatch.setattr(products, "publish", real)
+    queue.work()
+    assert queue.the_run(run_id).state == "succeeded"
+
+
+def test_a_cancel_while_an_earlier_product_is_checked_is_heard(queue: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = {"books": [queue.book()], "qa": [queue.upload("{}", "qa.jsonl")]}
+    queue.start_run(datasets=datasets)
+    queue.run(queue.claimed())
+    run_id = queue.start_run(datasets=datasets)
+    real = LocalStorage.verify
+
+    def verify(storage: LocalStorage, *arguments: Any, **options: Any) -> Path:
+        with transaction(queue.sessions) as session:
+            request_cancel(session, run_id)
+        return real(storage, *arguments, **options)
+
+    claim = queue.claimed()
+    assert claim.run_id == run_id
+    monkeypatch.setattr(LocalStorage, "verify", verify)
+    assert queue.run(claim) == "cancelled"
+    assert (queue.the_run(run_id).state, queue.jobs(run_id)["dapt"].artifact_id) == ("cancelled", None)
 
 
 def test_cancelling_a_queued_job_is_immediate(queue: Any) -> None:

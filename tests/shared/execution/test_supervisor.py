@@ -8,17 +8,20 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from prometheus_client import REGISTRY
-from sqlalchemy import func, select, update
+from sqlalchemy import create_engine, func, make_url, select, text, update
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.pool import NullPool
 
 from parampara.db.models import Artifact, Attempt, Event, Job
 from parampara.db.session import transaction
-from parampara.execution import process, products
+from parampara.execution import inputs, process, products, supervisor, watch
+from parampara.execution.lease_keeper import LeaseKeeper
 from parampara.execution.queue import request_cancel
 
 
@@ -63,7 +66,14 @@ def test_an_error_that_would_come_again_fails_the_job(queue: Any, how: str, outc
     assert job.error["message"] in attempt.log_tail
 
 
-@pytest.mark.parametrize(("how", "code", "said"), [("crash", 1, "RuntimeError: a bug in the stage"), ("kill", -9, "killed by SIGKILL")])
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        ("crash", 1, "RuntimeError: a bug in the stage"),
+        ("kill", -9, "killed by SIGKILL"),
+        ("preempted", 75, "nobody had asked it to: stopped by itself"),
+    ],
+)
 def test_a_crash_is_tried_again_until_it_is_a_crash_loop(queue: Any, how: str, code: int, said: str) -> None:
     job_id = queue.enqueue(exit=how, at=2)
     for number in (1, 2, 3):
@@ -76,6 +86,79 @@ def test_a_crash_is_tried_again_until_it_is_a_crash_loop(queue: Any, how: str, c
     job = queue.job(job_id)
     assert (job.state, job.error["code"]) == ("failed", "crash_loop")
     assert said in job.error["message"]
+
+
+def test_a_workdir_that_another_process_holds_is_waited_for_without_counting(queue: Any) -> None:
+    job_id = queue.enqueue(exit="busy", at=1)
+    for _ in range(4):
+        with transaction(queue.sessions) as session:
+            session.execute(update(Job).values(not_before=func.now()))
+        assert queue.run(queue.claimed()) == "preempted"
+        assert queue.claim() is None, "not tried again at once"
+    job, attempt = queue.job(job_id), attempts(queue, job_id)[-1]
+    assert (job.state, job.crashes, attempt.state, attempt.exit_code) == ("queued", 0, "preempted", 74)
+    assert attempt.error["message"] == "process 7 still works here"
+    with transaction(queue.sessions) as session:
+        assert session.scalar(select(Job.not_before - func.now())) > timedelta(seconds=5)
+
+
+@pytest.mark.parametrize("asked", ["gather", "find_twin"])
+def test_a_moment_without_the_database_at_the_start_costs_nothing(queue: Any, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = queue.enqueue()
+    real, calls = getattr(inputs, asked), []
+
+    def away_once(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OperationalError("SELECT", {}, Exception("server closed the connection"))
+        return real(*arguments)
+
+    monkeypatch.setattr(inputs, asked, away_once)
+    monkeypatch.setattr(supervisor, "_AGAIN_SECONDS", 0.01)
+    assert queue.run(queue.claimed()) == "succeeded"
+    assert (len(calls), queue.job(job_id).crashes) == (2, 0)
+
+
+def test_what_postgres_can_not_hold_is_dropped_from_what_a_stage_says(queue: Any) -> None:
+    """A NUL reaches a stage easily: it is legal in the JSON of an uploaded row."""
+    odd = " a\0b\ud800c"
+    good, bad = queue.enqueue(steps=2, says=odd), queue.enqueue(steps=2, exit="refuse", at=2, says=odd)
+    assert [queue.run(queue.claimed()) for _ in range(2)] == ["succeeded", "failed"]
+    assert queue.job(good).result["backend_reason"] == " abc"
+    assert queue.job(bad).error["message"] == "row 3 has no question abc"
+    with queue.sessions() as session:
+        told = session.scalars(select(Event).where(Event.job_id == good, Event.message == " abc")).all()
+    assert [event.data for event in told] == [{"said": " abc"}] * 2
+    assert queue.job(good).progress["step"] == 2
+
+
+def test_a_result_that_the_database_refuses_fails_the_job_with_its_words(queue: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = queue.enqueue()
+    monkeypatch.setattr("parampara.execution.exits.storable", lambda value: {**value, "backend_reason": "x\0y"})
+    assert queue.run(queue.claimed()) == "failed"
+    job = queue.job(job_id)
+    assert (job.state, job.error["code"], attempts(queue, job_id)[0].state) == ("failed", "bad_result", "failed")
+    assert "cannot be converted to text" in job.error["message"]
+
+
+def test_progress_that_the_database_refuses_does_not_hold_up_what_comes_after(queue: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = queue.enqueue(steps=2)
+    real = watch.ProgressBook.pending
+    flushes = []
+
+    def pending(book: watch.ProgressBook) -> list[dict[str, Any]]:
+        flushes.append(1)
+        events = real(book)
+        return events if len(flushes) > 1 else [{**events[0], "data": {"a": "x\0y"}}]
+
+    monkeypatch.setattr(watch.ProgressBook, "pending", pending)
+    keeper = supervisor.Supervisor(queue.settings, queue.sessions, service="sleepy", stopping=queue.stopping)
+    claim = queue.claimed()
+    book, lease = watch.ProgressBook({}), LeaseKeeper(queue.sessions, claim, queue.settings.worker)
+    for step in (1, 2):
+        book.fold({"type": "step", "t": float(step), "step": step, "total": 2, "metrics": {}})
+        keeper._flush(claim, lease, book)
+    assert queue.job(job_id).progress["step"] == 2
 
 
 def test_a_running_job_is_cancelled_within_its_grace(queue: Any) -> None:
@@ -99,14 +182,6 @@ def test_a_stage_that_ignores_sigterm_is_killed(queue: Any) -> None:
     assert outcome == ["cancelled"]
     assert attempts(queue, job_id)[0].exit_code == -9
     assert not psutil.pid_exists(pid)
-
-
-def test_an_idle_worker_tells_no_growing_heartbeat_age(queue: Any) -> None:
-    """An alert on the age would go off some time after every job."""
-    queue.enqueue(steps=1)
-    assert queue.run(queue.claimed()) == "succeeded"
-    time.sleep(0.01)
-    assert REGISTRY.get_sample_value("parampara_heartbeat_age_seconds") == 0
 
 
 def test_a_stopping_worker_gives_the_job_back_and_the_next_attempt_resumes(queue: Any) -> None:
@@ -147,6 +222,43 @@ def test_a_lost_lease_kills_the_stage_and_writes_nothing(queue: Any) -> None:
     job = queue.job(job_id)
     assert (job.state, job.owner, job.progress) == ("running", "other", before)
     assert attempts(queue, job_id)[0].state == "running"  # whoever took the job closes it
+
+
+@contextmanager
+def database_hangs(queue: Any) -> Iterator[None]:
+    """Every statement on jobs waits."""
+    with queue.sessions() as session, session.begin():
+        session.execute(text("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE"))
+        yield
+
+
+@contextmanager
+def database_refuses(queue: Any) -> Iterator[None]:
+    """Every connection is refused."""
+    url = make_url(queue.settings.database.url)
+    other = create_engine(url.set(database="postgres"), poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with other.connect() as connection:
+        connection.execute(text(f"ALTER DATABASE {url.database} ALLOW_CONNECTIONS false"))
+        connection.execute(text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"), {"name": url.database})
+        yield
+        connection.execute(text(f"ALTER DATABASE {url.database} ALLOW_CONNECTIONS true"))
+
+
+@pytest.mark.parametrize("away", [database_hangs, database_refuses])
+def test_without_the_database_for_longer_than_the_lease_the_stage_is_stopped_and_nothing_counts(queue: Any, away: Any) -> None:
+    job_id = queue.enqueue(steps=10_000, seconds=0.01)
+    with running(queue) as outcome:
+        pid = wait_for_step(queue, job_id, 2)
+        with away(queue):
+            deadline = time.monotonic() + 60
+            while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                assert time.monotonic() < deadline, "the stage went on without a lease"
+                time.sleep(0.05)
+            assert outcome == []  # it waits to write how it ended
+    assert outcome == ["preempted"]
+    job, (attempt,) = queue.job(job_id), attempts(queue, job_id)
+    assert (job.state, job.crashes, attempt.state) == ("queued", 0, "preempted")
+    assert "away for longer than the lease" in attempt.error["message"]
 
 
 def test_two_attempts_never_run_in_one_workdir(queue: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,8 +330,8 @@ def test_a_job_whose_worker_dies_takes_its_stage_with_it(queue: Any, tmp_path: P
     """The kernel kills the stage when the supervising process goes, however it goes."""
     job_id = queue.enqueue(steps=10_000, seconds=0.01)
     claim = queue.claimed()
-    supervisor = os.fork()
-    if supervisor == 0:  # a process that does nothing but supervise
+    child = os.fork()
+    if child == 0:  # a process that does nothing but supervise
         try:
             queue.run(claim)
         finally:
@@ -227,8 +339,8 @@ def test_a_job_whose_worker_dies_takes_its_stage_with_it(queue: Any, tmp_path: P
     try:
         pid = wait_for_step(queue, job_id, 2)
     finally:
-        os.kill(supervisor, 9)
-        os.waitpid(supervisor, 0)
+        os.kill(child, 9)
+        os.waitpid(child, 0)
     deadline = time.monotonic() + 10
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the stage outlived its supervisor"

@@ -21,6 +21,18 @@ def test_only_what_comes_after_the_start_is_read(tmp_path: Path) -> None:
     assert list(tail.read()) == []
 
 
+def test_lines_that_lack_what_their_type_has_are_passed_over() -> None:
+    book = ProgressBook({})
+    for record in (
+        {"type": "phase"},
+        {"type": "step", "t": None, "step": 1, "total": 2},
+        {"type": "step", "t": 1, "step": "x", "total": 2},
+    ):
+        book.fold(record)
+    book.fold({"type": "event", "message": "m", "data": 3})
+    assert (book.pending(), book.changed) == ([], False)
+
+
 def test_half_a_line_waits_for_its_rest(tmp_path: Path) -> None:
     path = tmp_path / "progress.jsonl"
     tail = ProgressTail(path)

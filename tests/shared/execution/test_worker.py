@@ -14,10 +14,12 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+import redis
 from sqlalchemy import func, select, update
 
 from parampara.db.models import Attempt, Job, Outbox
 from parampara.db.session import transaction
+from parampara.execution import inputs, metrics
 from parampara.execution.doorbell import TASK, make_app, prune, ring
 from parampara.execution.reconciler import reconcile_once
 from parampara.execution.worker import Worker
@@ -101,6 +103,16 @@ def test_with_the_broker_away_jobs_run_by_polling(queue: Any, redis_server: Any,
     assert reconcile_once(queue.sessions, lambda: ring(make_app(queue.settings), queue.sessions), max_crashes=3).rung == 1
 
 
+def test_an_emptied_broker_loses_no_job(queue: Any, redis_url: str, start_worker: Any) -> None:
+    job_id = queue.enqueue()
+    assert ring(make_app(queue.settings), queue.sessions) == 1
+    with redis.Redis.from_url(redis_url) as broker:
+        assert broker.llen("train") == 1
+        broker.flushall()
+    start_worker()
+    wait_until(lambda: queue.job(job_id).state == "succeeded")
+
+
 def test_sigterm_gives_the_job_back_quickly_and_another_worker_ends_it(queue: Any, start_worker: Any) -> None:
     job_id = queue.enqueue(steps=100, seconds=0.05)
     worker = start_worker()
@@ -141,6 +153,58 @@ def test_a_busy_worker_drops_a_doorbell_and_finds_the_job_when_it_is_free(queue:
     worker._busy.release()
     assert worker.offer(second) == 2  # the one it was called for, then the other
     assert {queue.job(first).state, queue.job(second).state} == {"succeeded"}
+
+
+def test_the_heartbeat_age_of_an_idle_worker_starts_anew_with_every_look(
+    queue: Any, sessions: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "_newest_sign", [time.monotonic() - 1000])
+    (before,) = next(iter(metrics.HEARTBEAT_AGE.collect())).samples
+    worker = Worker(queue.settings, sessions, make_app(queue.settings), service="sleepy", queue="train")
+    assert worker.offer() == 0
+    (after,) = next(iter(metrics.HEARTBEAT_AGE.collect())).samples
+    assert (before.value > 900, after.value < 500) == (True, True)
+
+
+def test_an_unexpected_error_costs_the_attempt_and_not_the_worker(queue: Any, sessions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad, good = queue.enqueue(), queue.enqueue()
+    real = inputs.resolve
+
+    def resolve(*arguments: Any) -> inputs.Resolved:
+        if queue.job(bad).state == "running":
+            raise KeyError("a bug")
+        return real(*arguments)
+
+    monkeypatch.setattr(inputs, "resolve", resolve)
+    queue.settings.worker.max_crashes = 1
+    worker = Worker(queue.settings, sessions, make_app(queue.settings), service="sleepy", queue="train")
+    worker.start_polling()
+    try:
+        wait_until(lambda: queue.job(good).state == "succeeded")
+        wait_until(lambda: queue.job(bad).state == "failed")
+        assert worker.faults() == []
+    finally:
+        worker.stop()
+    assert (queue.job(bad).error["code"], queue.job(bad).crashes) == ("crash_loop", 1)
+    assert "KeyError: 'a bug'" in queue.job(bad).error["message"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_poll_outlives_any_error_and_its_end_is_a_fault(queue: Any, sessions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(queue.settings, sessions, make_app(queue.settings), service="sleepy", queue="train")
+    calls: list[int] = []
+
+    def offer() -> int:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("a bug")
+        sys.exit()  # the quiet end of a thread
+
+    monkeypatch.setattr(worker, "offer", offer)
+    worker.start_polling()
+    wait_until(lambda: worker.faults() != [])
+    assert (len(calls), "restart this worker" in worker.faults()[0]) == (2, True)
+    worker.stop()
 
 
 def test_the_reconciler_takes_back_leases_of_queues_without_workers(queue: Any) -> None:

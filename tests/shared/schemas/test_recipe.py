@@ -66,3 +66,32 @@ def test_a_gate_without_a_real_bound_is_refused() -> None:
     for gate in ({"metric": "exact.sft"}, {"metric": "exact.sft", "min": float("nan")}, {"metric": "exact.sft", "min": 2, "max": 1}):
         with pytest.raises(InvalidRequest):
             parse_recipe({"name": "r", "base_model": "b", "gates": [gate]})
+
+
+@pytest.mark.parametrize(
+    ("stages", "gates", "param"),
+    [
+        ({"evaluate": {"formats": {"rule": "("}}}, [], "recipe.stages.evaluate.formats.rule"),
+        ({"evaluate": {"formats": {"Rule!": "x"}}}, [], "recipe.stages.evaluate.formats.Rule!.[key]"),
+        ({"dapt": {"lora": {"target_modules": ["q_proj", ""]}}}, [], "recipe.stages.dapt.lora.target_modules.1"),
+        ({"sft": {"lora": {"target_modules": [".*"]}}}, [], "recipe.stages.sft.lora.target_modules.0"),
+        ({}, [{"metric": "exact.sft", "min": 0.5}, {"metric": "no.such_metric", "min": 0.5}], "recipe.gates.1.metric"),
+        ({}, [{"metric": "exact", "min": 0.5}], "recipe.gates.0.metric"),
+        ({}, [{"metric": "parity.sft.kl", "max": 0.5}], "recipe.gates.0.metric"),
+        ({"evaluate": {"formats": {"rule": "^Rule"}}}, [{"metric": "format.rules", "min": 0.5}], "recipe.gates.0.metric"),
+    ],
+)
+def test_what_can_never_work_is_refused_before_anything_runs(stages: dict[str, Any], gates: list[dict[str, Any]], param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_recipe({"name": "r", "base_model": "b", "stages": stages, "gates": gates})
+    assert caught.value.param == param
+
+
+def test_gates_may_name_every_metric_that_is_documented() -> None:
+    names = [
+        *("perplexity.quantized", "dapt.loss.after", "exact.base", "exact.kind.star_lord", "exact.language.hinglish", "format.rule"),
+        *("language.reference.english", "quantize.same_answer", "parity.dapt.kl", "parity.merged.differs_from_base", "size.base_bytes"),
+    ]
+    stages = {"evaluate": {"formats": {"rule": "^Rule"}}}
+    recipe = parse_recipe({"name": "r", "base_model": "b", "stages": stages, "gates": [{"metric": name, "min": 0} for name in names]})
+    assert [gate.metric for gate in recipe.gates] == names

@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 from types import FrameType
 
@@ -18,6 +19,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from control_plane.app import create_app
 from control_plane.services import health
 from control_plane.services.files import sweep
+from control_plane.services.health import schema_fault
 from control_plane.services.keys import bootstrap_admin
 from parampara.db import migrate
 from parampara.db.session import make_engine, make_sessions
@@ -37,14 +39,14 @@ def serve(settings: Settings, *, host: str, port: int, migrate_first: bool = Tru
     """Serve until SIGTERM or SIGINT.
 
     Raises:
-        Unavailable: a port is taken, or the database did not answer within a minute.
+        Unavailable: a port is taken, or within a minute the database did not answer or had no schema (without
+            ``migrate_first``).
     """
     configure_logging("control_plane", log_format=settings.log_format, level=settings.log_level)
     listener = _listen(host, port)
-    if migrate_first:
-        _migrate(settings)
     engine = make_engine(settings.database, application="control_plane")
     sessions = make_sessions(engine)
+    _wait_for_database((lambda: migrate.upgrade(settings.database.url)) if migrate_first else (lambda: _require_schema(sessions)))
     prepare(settings, sessions)
     if settings.control_plane.metrics_port is not None:
         serve_metrics(settings, sessions, settings.control_plane.metrics_port)
@@ -111,13 +113,20 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _migrate(settings: Settings) -> None:
+def _require_schema(sessions: sessionmaker[Session]) -> None:
+    if (fault := schema_fault(sessions)) is not None:
+        raise Unavailable(f"The database is not ready: {fault}.")
+
+
+def _wait_for_database(ask: Callable[[], None]) -> None:
     deadline = time.monotonic() + _DATABASE_WAIT_SECONDS
     while True:
         try:
-            return migrate.upgrade(settings.database.url)
-        except OperationalError as error:
+            return ask()
+        except (OperationalError, Unavailable) as error:
             if time.monotonic() > deadline:
+                if isinstance(error, Unavailable):
+                    raise
                 raise Unavailable(f"The database does not answer ({error.orig}); is PARAMPARA_DATABASE__URL right?") from error
-            log.warning("waiting for the database")
+            log.warning("waiting for the database", error=str(error).splitlines()[0])
             time.sleep(1)

@@ -6,6 +6,7 @@ import argparse
 
 import uvicorn
 
+from parampara.http import exit_zero_on_sigterm
 from parampara.settings import get_settings
 from parampara.telemetry import configure_logging
 
@@ -14,6 +15,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="embedder", description="OpenAI-compatible embeddings over one small model.")
     parser.add_argument("command", choices=["serve"])
     parser.parse_args()
+    exit_zero_on_sigterm()
     configure_logging("embedder")
     from embedder.app import create_app
 

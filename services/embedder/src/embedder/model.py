@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from parampara.errors import InvalidData
 
@@ -35,6 +36,7 @@ class SentenceEncoder:
     """Texts to unit vectors. Not thread-safe: one thread at a time calls it."""
 
     def __init__(self, directory: Path) -> None:
+        transformers_logging.disable_progress_bar()  # a log is no terminal
         self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         self._model = AutoModel.from_pretrained(directory, local_files_only=True, use_safetensors=True, dtype=torch.float32)
         self._model.eval().requires_grad_(False)

@@ -18,7 +18,17 @@ from parampara.errors import InvalidData, InvalidRequest
 from parampara.execution import stop
 
 _ANSWER_LINE = re.compile(r"^\s*answer\s*:\s*(.+?)\s*$", re.IGNORECASE | re.MULTILINE)
-_NOT_WORDS = re.compile(r"[^\w\s]|_")
+_QUOTED = re.compile(r"""^\s*(["'])(.*)\1[\s.]*$""", re.DOTALL)
+_PLAIN_QUOTES = str.maketrans({"’": "'", "‘": "'", "′": "'", "“": '"', "”": '"', "″": '"'})
+_MEANT = [
+    (re.compile("°"), " degrees "),
+    (re.compile(r"(?<=\d)\s?'(?!\w*[^\W\d])"), " minutes "),  # but not the apostrophe of "1990's"
+    (re.compile(r'(?<=\d)\s?"'), " seconds "),
+    (re.compile("%"), " percent "),
+    (re.compile(r"(?<![\w)])[-−](?=[.]?\d)"), " minus "),  # but not the dash of "5-10"
+]
+"""Marks that change what a number means, and the words that stand for them."""
+_NOT_WORDS = re.compile(r"(?!(?<=\d)\.(?=\d))[^\w\s]|_")
 _BATCH_TOKENS = 32_768
 """Prompt and answer tokens of a batch together: its KV cache is 4 GiB for an 8B Llama, a few MiB for a tiny one."""
 _MAX_ROWS = 256
@@ -101,8 +111,16 @@ def answer_part(text: str) -> str:
 
 
 def normalise(text: str) -> str:
-    """Compatibility form (NFKC) without case, punctuation and runs of space: ``" The Sun. "`` and ``"the sun"`` are equal."""
-    return " ".join(_NOT_WORDS.sub(" ", unicodedata.normalize("NFKC", text)).casefold().split())
+    """Compatibility form (NFKC) without case, punctuation, quotes around it and runs of space: ``" The Sun. "`` is ``"the sun"``.
+
+    What belongs to a number stays: sign, decimal point, per cent, and the marks of degrees, minutes and seconds.
+    """
+    plain = unicodedata.normalize("NFKC", text).translate(_PLAIN_QUOTES).replace("''", '"')
+    if quoted := _QUOTED.match(plain):
+        plain = quoted.group(2)
+    for mark, word in _MEANT:
+        plain = mark.sub(word, plain)
+    return " ".join(_NOT_WORDS.sub(" ", plain).casefold().split())
 
 
 def exact_rates(questions: Sequence[Question], answers: Sequence[str]) -> ExactRates:

@@ -11,9 +11,10 @@ from pathlib import Path
 from evaluator import gates, metrics, parity, report
 from evaluator.answers import compile_formats, generate
 from evaluator.curves import Curve, read_curves
+from evaluator.ledger import Ledger
 from evaluator.line import GREEDY_PROBE_TOKENS, Material, Measured, Member, members, read_material, work
 from evaluator.meter import Meter
-from evaluator.models import Loaded, loaded
+from evaluator.models import Loaded, common_dtype, loaded
 from evaluator.perplexity import answer_sequences, loss
 from parampara.errors import OutOfMemory
 from parampara.progress import Progress
@@ -36,11 +37,14 @@ def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> Evaluat
     material = read_material(config)
     line = members(config)
     meter = Meter(progress, total=sum(work(member, material) for member in line))
+    if material.held_out.trained_on:
+        total = len(material.held_out.questions)
+        meter.warn(f"{material.held_out.trained_on} of {total} held-out questions are asked in the training files too; bring others.")
     scratch = workdir / "probes"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        measured = {member.name: _measure(member, config, material, scratch=scratch, meter=meter) for member in line}
-        values = metrics.collect(config, line, measured, material, meter)
+        measured, ledger = measure_line(config, line, material, scratch=scratch, meter=meter)
+        values = metrics.collect(config, line, measured, material, ledger)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     known = {name: value for name, value in sorted(values.items()) if math.isfinite(value)}
@@ -60,36 +64,47 @@ def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> Evaluat
     return result
 
 
-def _measure(member: Member, config: EvaluateConfig, material: Material, *, scratch: Path, meter: Meter) -> Measured:
+def measure_line(
+    config: EvaluateConfig, line: list[Member], material: Material, *, scratch: Path, meter: Meter
+) -> tuple[dict[str, Measured], Ledger]:
+    """Measure the models in the order of the line, one in memory at a time; recordings lie in ``scratch`` while they are needed.
+
+    Raises:
+        InvalidData: a directory is not a model directory.
+        OutOfMemory, Preempted: see :func:`run`.
+    """
     import torch
 
-    meter.phase(f"load {member.name}")
-    try:
-        with loaded(member.name, member.directory, member.adapter) as model:
-            measured = _record(model, config, material, scratch=scratch, meter=meter)
-            if member.measured:
-                _measure_held_out(measured, model, config, material, meter=meter)
-            return measured
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise OutOfMemory(f"Out of memory while {member.name} was evaluated: {error}", param="params") from None
+    dtype = common_dtype(config.merged, gpu=torch.cuda.is_available())
+    ledger, measured = Ledger(line, meter), {}
+    for member in line:
+        meter.phase(f"load {member.name}")
+        try:
+            with loaded(member.name, member.directory, member.adapter, dtype=dtype) as model:
+                recording = _record(model, config, material, scratch=scratch, meter=meter)
+                measured[member.name] = _measure_held_out(model, config, material, meter=meter) if member.measured else Measured()
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise OutOfMemory(f"Out of memory while {member.name} was evaluated: {error}", param="params") from None
+        ledger.add(recording)
+    return measured, ledger
 
 
-def _record(model: Loaded, config: EvaluateConfig, material: Material, *, scratch: Path, meter: Meter) -> Measured:
+def _record(model: Loaded, config: EvaluateConfig, material: Material, *, scratch: Path, meter: Meter) -> parity.Recording:
     meter.phase(f"parity probes of {model.name}")
     new_tokens = min(config.params.max_new_tokens, GREEDY_PROBE_TOKENS)
-    return Measured(recording=parity.record(model, material.probes, directory=scratch, max_new_tokens=new_tokens, meter=meter))
+    return parity.record(model, material.probes, directory=scratch, max_new_tokens=new_tokens, meter=meter)
 
 
-def _measure_held_out(measured: Measured, model: Loaded, config: EvaluateConfig, material: Material, *, meter: Meter) -> None:
+def _measure_held_out(model: Loaded, config: EvaluateConfig, material: Material, *, meter: Meter) -> Measured:
     questions = material.held_out.questions
     meter.phase(f"perplexity of {model.name}")
-    measured.text = loss(model, material.texts, meter)
+    text = loss(model, material.texts, meter)
     meter.phase(f"validation loss of {model.name}")
     limit = min(config.sft_params.train.max_seq_length, model.max_tokens)
     conversations = [question.conversation for question in questions]
-    measured.answer = loss(model, answer_sequences(model.tokenizer, conversations, max_tokens=limit), meter)
+    answer = loss(model, answer_sequences(model.tokenizer, conversations, max_tokens=limit), meter)
     meter.phase(f"answers of {model.name}")
-    measured.answers = generate(model, questions, max_new_tokens=config.params.max_new_tokens, meter=meter)
+    return Measured(text=text, answer=answer, answers=generate(model, questions, max_new_tokens=config.params.max_new_tokens, meter=meter))
 
 
 def _publish(result: EvaluateResult, curves: list[Curve], *, workdir: Path) -> None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from evaluator.answers import Question, answer_part
+from evaluator.language import language_of
 from evaluator.models import Conversation
-from parampara.datasets import QaRow, chunk_documents, content_hash, hold_out, read_book, read_qa
+from parampara.datasets import QaRow, chunk_documents, content_hash, count_asked_in_both, hold_out, read_book, read_qa
 from parampara.schemas.stages import EvaluateConfig
 
 Item = TypeVar("Item")
@@ -21,6 +22,8 @@ class HeldOut:
     questions: list[Question]
     probes: list[Conversation]
     """Conversations for the parity ledger: the first of ``questions``, answers included."""
+    trained_on: int = 0
+    """How many of ``questions`` are asked in the training files too: their exact rate tells of memory."""
 
 
 def read_held_out(config: EvaluateConfig, tokenizer: Any) -> HeldOut:
@@ -36,7 +39,10 @@ def read_held_out(config: EvaluateConfig, tokenizer: Any) -> HeldOut:
     rows = _first(_rows(config), content=lambda row: row.text, limit=config.params.max_questions, seed=config.seed)
     questions = [_question(row, config.sft_params.system_prompt) for row in rows]
     return HeldOut(
-        texts=texts, questions=questions, probes=[question.conversation for question in questions[: config.params.parity_prompts]]
+        texts=texts,
+        questions=questions,
+        probes=[question.conversation for question in questions[: config.params.parity_prompts]],
+        trained_on=_trained_on(config, rows),
     )
 
 
@@ -58,8 +64,15 @@ def _rows(config: EvaluateConfig) -> list[QaRow]:
     rows = [row for path in config.qa.validation or config.qa.train for row in read_qa(path)]
     if config.qa.validation:
         return rows
-    _, held_out = hold_out(rows, fraction=config.sft_params.validation_fraction, seed=config.seed, content=lambda row: row.text)
+    _, held_out = hold_out(rows, fraction=config.sft_params.validation_fraction, seed=config.seed, content=lambda row: row.asked)
     return held_out
+
+
+def _trained_on(config: EvaluateConfig, rows: Sequence[QaRow]) -> int:
+    """How many of the held-out rows ask what a training row asks too; none where the split of training held them out."""
+    if not config.qa.validation:
+        return 0
+    return count_asked_in_both([row for path in config.qa.train for row in read_qa(path)], rows)
 
 
 def _question(row: QaRow, system_prompt: str | None) -> Question:
@@ -72,8 +85,14 @@ def _question(row: QaRow, system_prompt: str | None) -> Question:
         reference=row.answer,
         expected=expected if isinstance(expected, str) and expected.strip() else answer_part(row.answer),
         kind=_label(row.metadata.get("kind")),
-        language=_label(row.metadata.get("language")),
+        language=_language(row),
     )
+
+
+def _language(row: QaRow) -> str:
+    """As the row is labelled, else by :func:`language_of`; empty where neither tells."""
+    told = _label(row.metadata.get("language")) or language_of(row.question)
+    return "" if told == "unknown" else told
 
 
 def _label(value: Any) -> str:

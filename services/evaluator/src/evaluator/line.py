@@ -42,9 +42,8 @@ class Material:
 
 @dataclass
 class Measured:
-    """What was measured on one model; only ``recording`` for a member that is not ``measured``."""
+    """What was measured on one model; nothing for a member of which the ledger alone needs a recording."""
 
-    recording: parity.Recording
     text: Loss | None = None
     answer: Loss | None = None
     answers: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""From measurements to the flat metrics that gates name; ``EvaluateResult.metrics`` documents the names."""
+"""From measurements to the flat metrics that gates name; ``parampara.schemas.metrics`` lists the names."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 from evaluator import parity
 from evaluator.answers import Question, answer_part, exact_rates, format_rates, normalise, share
 from evaluator.language import Language, language_rate
+from evaluator.ledger import Ledger, Transition, transitions
 from evaluator.line import Material, Measured, Member
-from evaluator.meter import Meter
 from evaluator.models import load_tokenizer
-from parampara.errors import InvalidData
 from parampara.schemas.stages import EvaluateConfig, Sample
 
 _SAMPLES = 8
@@ -19,12 +18,12 @@ _RATED_LANGUAGES: list[Language] = ["english", "hinglish"]
 
 
 def collect(
-    config: EvaluateConfig, line: list[Member], measured: dict[str, Measured], material: Material, meter: Meter
+    config: EvaluateConfig, line: list[Member], measured: dict[str, Measured], material: Material, ledger: Ledger
 ) -> dict[str, float]:
     """Every metric of the line; a value may be infinite or NaN where a model is broken."""
     questions = material.held_out.questions
     sizes = {f"size.{name}_bytes": float(_weight_bytes(path)) for name, path in _weights(config).items()}
-    return _parity(line, measured, material, meter) | _losses(measured) | _answer_rates(config, measured, questions) | sizes
+    return _parity(line, material, ledger) | _losses(measured) | _answer_rates(config, measured, questions) | sizes
 
 
 def samples(questions: list[Question], measured: dict[str, Measured]) -> list[Sample]:
@@ -46,65 +45,34 @@ def samples(questions: list[Question], measured: dict[str, Measured]) -> list[Sa
     ]
 
 
-def _parity(line: list[Member], measured: dict[str, Measured], material: Material, meter: Meter) -> dict[str, float]:
-    """The ledger: each transition that the line has, and whether the final model is another one than the base."""
+def _parity(line: list[Member], material: Material, ledger: Ledger) -> dict[str, float]:
+    """Each transition that the line has, and whether the final model is another one than the base."""
     metrics: dict[str, float] = {}
-    for name, (origin, reference, candidate) in _transitions(line).items():
-        metrics |= _transition(name, origin, reference, candidate, measured, material, meter)
-    change = _compared(measured["base"].recording, measured["sft"].recording, meter)
+    for transition in transitions(line):
+        metrics |= _transition(transition, material, ledger)
+    change = ledger.agreement("base", "sft")
     if change is not None:
         metrics["parity.merged.base_kl"] = change.kl
         metrics["parity.merged.differs_from_base"] = float(change.kl >= parity.DIFFERS_KL)
     return metrics
 
 
-def _transitions(line: list[Member]) -> dict[str, tuple[str | None, Member, Member]]:
-    """Name to (model before the adapter, reference, candidate)."""
-    by_name = {member.name: member for member in line}
-    found: dict[str, tuple[str | None, Member, Member]] = {}
-    if "dapt_adapter" in by_name:
-        found["dapt"] = ("base", by_name["dapt_adapter"], by_name["dapt"])
-    if "sft_adapter" in by_name:
-        found["merged"] = ("dapt" if "dapt" in by_name else "base", by_name["sft_adapter"], by_name["sft"])
-    elif adapted := by_name.get("dapt_adapter") or by_name.get("dapt"):
-        found["merged"] = ("base", adapted, by_name["sft"])
-    if "quantized" in by_name:
-        found["quantized"] = (None, by_name["sft"], by_name["quantized"])
-    return found
-
-
-def _transition(
-    name: str,
-    origin: str | None,
-    reference: Member,
-    candidate: Member,
-    measured: dict[str, Measured],
-    material: Material,
-    meter: Meter,
-) -> dict[str, float]:
-    prefix = f"parity.{name}"
+def _transition(transition: Transition, material: Material, ledger: Ledger) -> dict[str, float]:
+    prefix, reference, candidate = f"parity.{transition.name}", transition.reference, transition.candidate
     before, after = load_tokenizer(reference.source), load_tokenizer(candidate.source)
     metrics = {
         f"{prefix}.chat_template": parity.same_prompts(before, after, material.held_out.probes),
         f"{prefix}.generation_config": parity.same_generation_config(reference.directory, candidate.directory),
     }
-    agreement = _compared(measured[reference.name].recording, measured[candidate.name].recording, meter)
+    agreement = ledger.agreement(reference.name, candidate.name)
     if agreement is None:
         return metrics
-    metrics |= agreement.metrics(name)
-    if origin is not None:
-        changed = parity.compare(measured[reference.name].recording, measured[origin].recording)
+    metrics |= agreement.metrics(transition.name)
+    if transition.origin is not None:
+        changed = ledger.agreement(reference.name, transition.origin.name)
+        assert changed is not None  # one model with and without its adapter
         metrics[f"{prefix}.recovered"] = parity.recovered(agreement.kl, changed.kl)
     return metrics
-
-
-def _compared(reference: parity.Recording, candidate: parity.Recording, meter: Meter) -> parity.Agreement | None:
-    """None, and a warning, if the two are not versions of one model: the missing metrics then fail their gates."""
-    try:
-        return parity.compare(reference, candidate)
-    except InvalidData as error:
-        meter.warn(error.message)
-        return None
 
 
 def _losses(measured: dict[str, Measured]) -> dict[str, float]:
@@ -120,6 +88,7 @@ def _losses(measured: dict[str, Measured]) -> dict[str, float]:
         metrics["dapt.perplexity_reduction"] = 1 - metrics["perplexity.dapt"] / metrics["perplexity.base"]
         metrics["dapt.loss.before"] = math.log(metrics["perplexity.base"])
         metrics["dapt.loss.after"] = math.log(metrics["perplexity.dapt"])
+        metrics["sft.perplexity_change"] = metrics["perplexity.sft"] / metrics["perplexity.dapt"] - 1
     if "quantized" in measured:
         metrics["quantize.perplexity_increase"] = metrics["perplexity.quantized"] / metrics["perplexity.sft"] - 1
     return metrics
@@ -129,6 +98,8 @@ def _answer_rates(config: EvaluateConfig, measured: dict[str, Measured], questio
     metrics = {f"exact.{name}": exact_rates(questions, model.answers).overall for name, model in measured.items() if model.answers}
     answers = measured["sft"].answers
     rates = exact_rates(questions, answers)
+    if rates.by_kind:
+        metrics["exact.kinds_mean"] = sum(rates.by_kind.values()) / len(rates.by_kind)
     metrics |= {f"exact.kind.{_key(kind)}": rate for kind, rate in rates.by_kind.items()}
     metrics |= {f"exact.language.{_key(language)}": rate for language, rate in rates.by_language.items()}
     metrics |= {f"format.{_key(name)}": rate for name, rate in format_rates(config.params.formats, answers).items()}

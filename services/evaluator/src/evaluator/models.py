@@ -16,55 +16,74 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parampara.errors import InvalidData
 
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Conversation = list[dict[str, str]]
 """Messages as a chat template takes them: ``[{"role": "user", "content": "..."}, ...]``."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Loaded:
-    """A model in memory. ``model`` is a transformers or PEFT causal language model in evaluation mode."""
+    """A model in memory. ``model`` is a transformers or PEFT causal language model in evaluation mode; None once it was let go."""
 
     name: str
     model: Any
     tokenizer: Any
-    stop_ids: list[int]
-    pad_id: int
-    max_tokens: int
-    """Longest sequence that the model's positions allow."""
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def max_tokens(self) -> int:
+        """Longest sequence that the model's positions allow."""
+        return self.model.config.get_text_config().max_position_embeddings
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Where an answer ends: what the generation config, the tokenizer and Llama 3's template say."""
+        told = self.model.generation_config.eos_token_id
+        ids = set(told if isinstance(told, list) else [told])
+        ids |= {self.tokenizer.eos_token_id, self.tokenizer.get_vocab().get("<|eot_id|>")}
+        return sorted(identifier for identifier in ids if identifier is not None)
+
+
+def common_dtype(final: Path, *, gpu: bool) -> torch.dtype:
+    """The type in which all unquantized models of a line run: that of the final merged model, float32 on a CPU.
+
+    One type for all, or a base in bfloat16 and its copy in float16 would differ by rounding alone, as much as training may change.
+
+    Raises:
+        InvalidData: ``final`` is not a model directory.
+    """
+    config = _config(final)
+    stored = config.get("dtype") or config.get("torch_dtype")
+    return _DTYPES.get(stored or "", torch.float16) if gpu else torch.float32
+
 
 @contextmanager
-def loaded(name: str, directory: Path, adapter: Path | None = None) -> Iterator[Loaded]:
-    """Hold a model (with an adapter applied on top) in memory for the length of the block.
+def loaded(name: str, directory: Path, adapter: Path | None = None, *, dtype: torch.dtype = torch.float32) -> Iterator[Loaded]:
+    """Hold a model (with an adapter applied on top) in memory for the length of the block, and not longer.
 
-    An unquantized model runs in float32 on CPU and in its stored type on a GPU; a quantized one always as it is stored.
+    An unquantized model runs in ``dtype``, a quantized one as it is stored.
 
     Raises:
         InvalidData: ``directory`` is not a model directory.
     """
-    config = _config(directory)
+    quantized = "quantization_config" in _config(directory)
     device: int | str = 0 if torch.cuda.is_available() else "cpu"
-    dtype = "auto" if device == 0 or "quantization_config" in config else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device_map={"": device}, local_files_only=True)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapter))
-    model.eval()
-    tokenizer = load_tokenizer(adapter if adapter is not None and (adapter / "tokenizer.json").is_file() else directory)
+    held = Loaded(
+        name=name,
+        model=_open(directory, adapter, dtype="auto" if quantized else dtype, device=device),
+        tokenizer=load_tokenizer(adapter if adapter is not None and (adapter / "tokenizer.json").is_file() else directory),
+    )
     try:
-        yield Loaded(
-            name=name,
-            model=model,
-            tokenizer=tokenizer,
-            stop_ids=_stop_ids(model, tokenizer),
-            pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            max_tokens=model.config.get_text_config().max_position_embeddings,
-        )
+        yield held
     finally:
-        del model, tokenizer
+        held.model = None  # whoever still holds ``held`` no longer holds the weights
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -113,6 +132,11 @@ def segments(tokenizer: Any, conversation: Conversation) -> list[tuple[list[int]
     return parts
 
 
+def _open(directory: Path, adapter: Path | None, *, dtype: torch.dtype | str, device: int | str) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device_map={"": device}, local_files_only=True)
+    return (model if adapter is None else PeftModel.from_pretrained(model, str(adapter))).eval()
+
+
 def _render(tokenizer: Any, conversation: Conversation, *, add_generation_prompt: bool) -> str:
     if not tokenizer.chat_template:
         raise InvalidData("The model's tokenizer has no chat template: questions cannot be put to it.", param="base")
@@ -128,11 +152,3 @@ def _config(directory: Path) -> dict[str, Any]:
         return json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InvalidData(f"{directory} is not a model directory: config.json cannot be read ({error}).", param="model") from None
-
-
-def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Where an answer ends: what the generation config, the tokenizer and Llama 3's template say."""
-    told = model.generation_config.eos_token_id
-    ids = set(told if isinstance(told, list) else [told])
-    ids |= {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|eot_id|>")}
-    return sorted(identifier for identifier in ids if identifier is not None)

@@ -79,16 +79,18 @@ def loss(model: Loaded, sequences: Sequence[Scored], meter: Meter) -> Loss:
     return Loss(nats=nats, tokens=tokens)
 
 
-def log_probs(model: Loaded, sequences: Sequence[Scored]) -> Iterator[list[torch.Tensor]]:
-    """Log-probabilities of the next token after each token of each sequence, in batches.
+def log_probs(model: Loaded, sequences: Sequence[Scored]) -> Iterator[torch.Tensor]:
+    """Log-probabilities of the next token after each counted token of each sequence.
 
-    One float32 tensor on CPU of shape (tokens, vocabulary) per sequence, longest sequence first: the same order for every model.
+    One float32 tensor on CPU of shape (counted tokens, vocabulary) per sequence, longest sequence first: the same order for every model.
     """
     for batch in _batches(model, sequences):
         ids, seen = _padded(model, batch)
         with torch.inference_mode():
             logits = model.model(input_ids=ids, attention_mask=seen, use_cache=False).logits
-        yield [logits[index, : len(row.ids)].float().log_softmax(-1).cpu() for index, row in enumerate(batch)]
+            for index, row in enumerate(batch):
+                counted = torch.tensor(row.counted, device=logits.device)
+                yield logits[index, : len(row.ids)][counted].float().log_softmax(-1).cpu()
 
 
 def _answers_counted(tokenizer: Any, conversation: Conversation) -> Scored:

@@ -8,6 +8,7 @@ import sys
 import uvicorn
 
 from gateway.app import Gateway
+from parampara.http import exit_zero_on_sigterm
 from parampara.settings import get_settings
 from parampara.telemetry import configure_logging, start_metrics_server
 
@@ -19,6 +20,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("serve", help="serve until SIGTERM")
     parser.parse_args()
+    exit_zero_on_sigterm()
     settings = get_settings()
     configure_logging("gateway")
     if settings.gateway.metrics_port is not None:

@@ -16,8 +16,8 @@ from gateway.answers import Cited, GroundedStream, count_usage, finish_whole
 from gateway.directory import Directory, Target
 from gateway.exchange import EVENT_STREAM_HEADERS, Exchange
 from gateway.fields import Generation, check_chat, check_completion
-from gateway.grounding import Grounded, ground
-from gateway.messages import last_question
+from gateway.grounding import Grounded, Messages, ground
+from gateway.messages import last_question, with_system_prompt
 from gateway.retrieval import Retriever, SearchPlan, plan_of_tool
 from gateway.sse import DONE, PING, events, frame, refuse_error
 from gateway.upstream import ModelServers
@@ -48,8 +48,9 @@ class Completions:
         target = await self._directory.resolve(request.model)
         exchange.model = target.model
         plan = self._plan(request, target)
-        grounded = await self._ground(request, target, plan) if plan else None
-        body = {**request.body, "messages": grounded.messages if grounded else request.messages}
+        messages = with_system_prompt(request.messages, target.system_prompt)
+        grounded = await self._ground(request, messages, target, plan) if plan else None
+        body = {**request.body, "messages": grounded.messages if grounded else messages}
         if grounded is not None and grounded.max_tokens is not None:
             body["max_tokens"] = grounded.max_tokens
         await self._relay(exchange, request, target, "chat/completions", body, Cited(grounded, self._base_url(exchange)))
@@ -67,16 +68,16 @@ class Completions:
             return plan_of_tool(request.file_search, attached=target.vector_store_id, limit=limit)
         return SearchPlan((target.vector_store_id,), limit) if target.vector_store_id else None
 
-    async def _ground(self, request: Generation, target: Target, plan: SearchPlan) -> Grounded:
+    async def _ground(self, request: Generation, messages: Messages, target: Target, plan: SearchPlan) -> Grounded:
         window = await self._servers.window(target.url, target.model)
-        query = last_question(request.messages)
+        query = last_question(messages)
         passages = await self._retriever.find(query, plan)
 
-        async def count(messages: list[dict[str, Any]]) -> int:
-            return await self._servers.count_tokens(target.url, target.model, messages)
+        async def count(laid: Messages) -> int:
+            return await self._servers.count_tokens(target.url, target.model, laid)
 
         return await ground(
-            request.messages,
+            messages,
             passages,
             query=query,
             max_tokens=request.max_tokens,

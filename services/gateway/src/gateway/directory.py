@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from gateway.database import Database
 from gateway.metrics import SNAPSHOT_AGE
-from parampara.db.models import Alias, ApiKey, Deployment, Model, VectorStore
+from parampara.db.models import Alias, ApiKey, Deployment, Model, Run, VectorStore
 from parampara.errors import NotFound, Unauthorized, Unavailable
 from parampara.keys import Principal, bearer, hash_key, lookup, well_formed
 from parampara.settings import GatewaySettings
@@ -44,6 +44,8 @@ class ModelEntry:
     base_model: str
     artifact_id: str
     created_at: int
+    system_prompt: str | None = None
+    """What stood before every question it was trained on."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Target:
     """Immutable id, the name that the model server serves under."""
     url: str
     vector_store_id: str | None
+    system_prompt: str | None = None
 
 
 class Directory:
@@ -161,13 +164,17 @@ class Directory:
     def _find(self, name: str) -> Target | None:
         alias = self.snapshot.aliases.get(name)
         if alias is not None and alias.model is not None:
-            return Target(alias.model, alias.url, alias.vector_store_id)
+            return self._target(alias.model, alias.url, alias.vector_store_id)
         if name in self.snapshot.models:
             for alias in self.snapshot.aliases.values():
                 if alias.model == name:
                     # an immutable id means the bare model: what is attached to an alias does not follow it
-                    return Target(name, alias.url, None)
+                    return self._target(name, alias.url, None)
         return None
+
+    def _target(self, model: str, url: str, vector_store_id: str | None) -> Target:
+        known = self.snapshot.models.get(model)
+        return Target(model, url, vector_store_id, known.system_prompt if known else None)
 
     def _not_served(self, name: str) -> Exception:
         shown = name if len(name) <= 100 else name[:100] + "..."
@@ -218,9 +225,10 @@ def _read(session: Session, *, default_url: str) -> tuple[dict[str, Principal], 
         )
         for row in session.scalars(select(Alias))
     }
+    prompt = Run.recipe["stages"]["sft"]["system_prompt"].astext
     models = {
-        row.id: ModelEntry(row.id, row.base_model, row.artifact_id, int(row.created_at.timestamp()))
-        for row in session.scalars(select(Model))
+        row.id: ModelEntry(row.id, row.base_model, row.artifact_id, int(row.created_at.timestamp()), system_prompt)
+        for row, system_prompt in session.execute(select(Model, prompt).outerjoin(Run, Run.id == Model.run_id)).tuples()
     }
     return keys, aliases, models
 

@@ -27,6 +27,13 @@ def check_messages(value: Any, *, limit: int) -> list[dict[str, Any]]:
     return [_message(message, f"messages[{number}]") for number, message in enumerate(value)]
 
 
+def with_system_prompt(messages: list[dict[str, Any]], prompt: str | None) -> list[dict[str, Any]]:
+    """``messages`` as the model was trained on them: its own system prompt first, where the client gives none."""
+    if not prompt or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": prompt}, *messages]
+
+
 def last_question(messages: list[dict[str, Any]]) -> str:
     """Text of the newest user message, or nothing."""
     for message in reversed(messages):

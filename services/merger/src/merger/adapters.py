@@ -131,6 +131,10 @@ def _short(digests: list[str]) -> list[str]:
 def _refuse_unsupported(config: dict[str, Any], name: str) -> None:
     if config.get("peft_type") != "LORA":
         raise InvalidData(f"{name}: peft_type {config.get('peft_type')!r} is not supported; only LORA is.", param=name)
+    for key in ("r", "lora_alpha"):
+        value = config.get(key)
+        if isinstance(value, bool) or not isinstance(value, int if key == "r" else int | float) or value <= 0:
+            raise InvalidData(f"{name}: {key} is {value!r} in adapter_config.json; it has to be a number above zero.", param=name)
     for key, called in _UNSUPPORTED.items():
         if config.get(key):
             raise InvalidData(f"{name}: {called} is not supported by the merge.", param=name)

@@ -18,7 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from model_server.command import Wanted, interpreter_of
 from model_server.supervisor import Report, Supervisor
-from parampara.http import install_docs, install_error_handlers
+from parampara.http import exit_zero_on_sigterm, install_docs, install_error_handlers
 from parampara.settings import ModelServerSettings, Settings, get_settings
 from parampara.telemetry import configure_logging
 
@@ -93,6 +93,7 @@ def warn_without_bitsandbytes(settings: ModelServerSettings) -> bool:
 
 def serve() -> None:
     """Run the supervisor until SIGTERM."""
+    exit_zero_on_sigterm()
     configure_logging("model_server")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a health probe every few seconds is no news
     settings = get_settings()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parampara.errors import InvalidData
+from parampara.errors import InvalidData, ParamparaError
 from parampara.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
@@ -46,6 +48,11 @@ def read_config(model: Path) -> dict[str, Any]:
     if method := (config.get("quantization_config") or {}).get("quant_method"):
         raise InvalidData(f"{model} is already quantized ({method}); quantize the merged model instead.", param="model")
     return config
+
+
+def stored_dtype(config: dict[str, Any]) -> str:
+    """``float16``, ``bfloat16`` or ``float32``, as ``config.json`` says (older files call it ``torch_dtype``)."""
+    return config.get("dtype") or config.get("torch_dtype") or "float16"
 
 
 def weight_bytes(model: Path) -> int:
@@ -93,6 +100,20 @@ def next_token_log_probs(model: Path) -> torch.Tensor:
     ids = torch.randint(0, loaded.config.get_text_config().vocab_size, (_PROBES, _PROBE_TOKENS), generator=generator)
     with torch.inference_mode():
         return torch.cat([loaded(row[None].to(loaded.device)).logits.float().log_softmax(-1).cpu() for row in ids])
+
+
+@contextmanager
+def faults_as(error: Callable[[str], ParamparaError]) -> Iterator[None]:
+    """Turn what the libraries raise for a checkpoint that they cannot load into ``error``; out of memory stays what it is."""
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as fault:
+        raise error(f"{type(fault).__name__}: {str(fault)[:300]}") from fault
 
 
 def agreement(parent: torch.Tensor, child: torch.Tensor) -> Agreement:

@@ -6,20 +6,25 @@ first that gives a checkpoint which answers like its parent is kept. Nothing of 
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from parampara.errors import InvalidRequest, OutOfMemory, Preempted
+from parampara.errors import InvalidData, InvalidRequest, OutOfMemory, Preempted
 from parampara.execution import stop
 from parampara.progress import Progress
 from parampara.schemas.stages import QuantizeConfig, QuantizeParams, QuantizeResult, Scheme, SchemeAttempt
 from parampara.storage import fsync_tree
 from quantizer.backends import SchemeUnavailable, bitsandbytes, unsloth
-from quantizer.checkpoint import Agreement, agreement, next_token_log_probs, quantized_weights, read_config, weight_bytes
+from quantizer.checkpoint import Agreement, agreement, faults_as, next_token_log_probs, quantized_weights, read_config, weight_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_KL = 0.1
 """Nats per token above which a checkpoint is broken rather than rounded: LLM.int8 and W8A8 measure 1e-5 to 1e-2."""
@@ -40,12 +45,14 @@ def run(config: QuantizeConfig, *, workdir: Path, progress: Progress) -> Quantiz
     shutil.rmtree(output, ignore_errors=True)
     attempts: list[SchemeAttempt] = []
     total = len(config.params.schemes) + 1
+    # asked for once something is written: until then a GPU belongs to the process that writes
+    expected = functools.cache(lambda: _of_the_parent(config.model))
     for index, scheme in enumerate(config.params.schemes):
         _poll()
         shutil.rmtree(staging, ignore_errors=True)
         progress.phase(f"quantize with {scheme}")
         try:
-            measured = _attempt(scheme, config, staging, progress)
+            measured = _attempt(scheme, config, staging, progress, expected=expected)
         except SchemeUnavailable as unavailable:
             attempts.append(SchemeAttempt(scheme=scheme, ok=False, reason=unavailable.message))
             progress.event(f"{scheme} cannot run: {unavailable.message}", level="warn", scheme=scheme)
@@ -62,21 +69,31 @@ def run(config: QuantizeConfig, *, workdir: Path, progress: Progress) -> Quantiz
     raise InvalidRequest(f"No scheme of params.schemes could run. {told}", param="params.schemes", code="no_scheme_ran")
 
 
-def check(model: Path, written: Path) -> Agreement:
-    """Load a written checkpoint from its files and compare it with its parent.
+def check(expected: torch.Tensor, written: Path) -> Agreement:
+    """Load a written checkpoint from its files and compare it with ``expected``, its parent's :func:`next_token_log_probs`.
 
     Raises:
-        SchemeUnavailable: nothing is in eight bits, the output head is too, or it does not answer like its parent.
+        SchemeUnavailable: it cannot be loaded, nothing is in eight bits, the output head is too, or it does not answer like its parent.
+        OutOfMemoryError, MemoryError: it does not fit this machine.
     """
-    names = quantized_weights(written)
+    with faults_as(lambda fault: SchemeUnavailable(f"The written checkpoint cannot be loaded: {fault}")):
+        names = quantized_weights(written)
+        got = next_token_log_probs(written)
     if not names:
         raise SchemeUnavailable("The written checkpoint holds no eight-bit weight.")
     if heads := [name for name in names if name.startswith("lm_head")]:
         raise SchemeUnavailable(f"The output head was quantized too ({heads[0]}): answers would change.")
-    measured = agreement(next_token_log_probs(model), next_token_log_probs(written))
+    if got.shape != expected.shape:
+        raise SchemeUnavailable(f"The checkpoint has a vocabulary of {got.shape[-1]}, its parent one of {expected.shape[-1]}.")
+    measured = agreement(expected, got)
     if not measured.kl <= MAX_KL:
         raise SchemeUnavailable(f"The checkpoint does not answer like its parent: KL {measured.kl:.3g} nats per token, limit {MAX_KL}.")
     return measured
+
+
+def _of_the_parent(model: Path) -> torch.Tensor:
+    with faults_as(lambda fault: InvalidData(f"{model} cannot be loaded ({fault}).", param="model")):
+        return next_token_log_probs(model)
 
 
 def _write_unsloth(model: Path, staging: Path, params: QuantizeParams) -> None:
@@ -93,7 +110,9 @@ _WRITERS: dict[Scheme, Callable[[Path, Path, QuantizeParams], None]] = {
 }
 
 
-def _attempt(scheme: Scheme, config: QuantizeConfig, staging: Path, progress: Progress) -> Agreement:
+def _attempt(
+    scheme: Scheme, config: QuantizeConfig, staging: Path, progress: Progress, *, expected: Callable[[], torch.Tensor]
+) -> Agreement:
     """Write and check one checkpoint; leaves ``staging`` only if it is good."""
     import torch
 
@@ -101,7 +120,7 @@ def _attempt(scheme: Scheme, config: QuantizeConfig, staging: Path, progress: Pr
         _WRITERS[scheme](config.model, staging, config.params)
         _poll()
         progress.phase(f"check {scheme}")
-        return check(config.model, staging)
+        return check(expected(), staging)
     except (MemoryError, torch.OutOfMemoryError) as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise OutOfMemory(f"Out of memory in scheme {scheme}: {error}. Use a machine with more memory.", param="model") from None

@@ -67,6 +67,7 @@ def build_trainer(
         seed=config.seed,
         # rows come tokenized, in a planned order; StageLoop logs, validates and saves
         max_length=None,
+        padding_free=False,  # one flattened row per batch would need attention that keeps rows apart, which a CPU has not
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         logging_strategy="no",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from parampara.datasets import QaRow, count_duplicates, hold_out, read_qa
+from parampara.datasets import QaRow, count_asked_in_both, count_duplicates, hold_out, read_qa
 from parampara.datasets.qa import require_enough
 from parampara.datasets.split import content_hash
 from parampara.errors import InvalidData
@@ -20,7 +20,7 @@ from trainer.rows import IGNORED, StageData, TokenRow
 
 
 def build_rows(config: SftConfig, tokenizer: Any) -> StageData:
-    """Read, split and tokenize the rows, and check the mask of every one.
+    """Read, split and tokenize the rows, and check the mask of every one. All rows with one question are on one side of the split.
 
     Raises:
         InvalidData: a file is faulty, the tokenizer has no usable chat template, or a row would train nothing.
@@ -35,7 +35,7 @@ def build_rows(config: SftConfig, tokenizer: Any) -> StageData:
     else:
         distinct = len({content_hash(row.text) for _, row in rows})
         require_enough(len(rows), distinct=distinct, name=", ".join(path.name for path in config.data.train))
-        train, held = hold_out(rows, fraction=params.validation_fraction, seed=config.seed, content=lambda item: item[1].text)
+        train, held = hold_out(rows, fraction=params.validation_fraction, seed=config.seed, content=lambda item: item[1].asked)
     cut: list[str] = []
 
     def tokenize(side: list[tuple[str, QaRow]]) -> list[TokenRow]:
@@ -45,7 +45,8 @@ def build_rows(config: SftConfig, tokenizer: Any) -> StageData:
         ]
 
     data = StageData(train=tokenize(train), validation=tokenize(held), facts={"duplicate_rows": duplicates})
-    data.facts.update(train_rows=len(train), validation_rows=len(held), truncated_rows=len(cut))
+    asked_in_both = count_asked_in_both([row for _, row in train], [row for _, row in held])
+    data.facts.update(train_rows=len(train), validation_rows=len(held), truncated_rows=len(cut), asked_in_both=asked_in_both)
     return data
 
 

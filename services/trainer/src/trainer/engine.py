@@ -47,8 +47,6 @@ def train_adapter(
     params = config.params
     hardware = choose_hardware(params.train.precision, params.train.optim)
     progress.event(f"backend {choice.name}: {choice.reason}", backend=choice.name, device=hardware.device.type, dtype=hardware.dtype)
-    if hardware.note:
-        progress.event(hardware.note, level="warn")
     progress.phase("prepare data")
     base_sha256 = weights_fingerprint(_model_directory(config.model))
     lineage = read_lineage(config.model, base_sha256)
@@ -56,7 +54,7 @@ def train_adapter(
     data = build(config, tokenizer)
     plan = _plan(config, data, progress)
     _stop_here("before the model was loaded")
-    key = _resume_key(config, choice=choice, hardware=hardware, data=data, base_sha256=base_sha256)
+    key = _resume_key(config, choice=choice, hardware=hardware, data=data, plan=plan, base_sha256=base_sha256)
     store = CheckpointStore(workdir / "checkpoints", key=key, keep=params.train.keep_checkpoints)
     with _out_of_memory_named(params.train):
         progress.phase("load model")
@@ -129,10 +127,16 @@ def _plan(config: Config, data: StageData, progress: Progress) -> Plan:
         progress.event(
             f"{data.facts['truncated_rows']} rows are longer than max_seq_length ({train.max_seq_length}) and were cut", level="warn"
         )
+    if data.facts.get("asked_in_both"):
+        progress.event(
+            f"{data.facts['asked_in_both']} of {len(data.validation)} validation rows ask what a training row asks too: their loss tells "
+            "of memory; bring other questions",
+            level="warn",
+        )
     return plan
 
 
-def _resume_key(config: Config, *, choice: Choice, hardware: Hardware, data: StageData, base_sha256: str) -> str:
+def _resume_key(config: Config, *, choice: Choice, hardware: Hardware, data: StageData, plan: Plan, base_sha256: str) -> str:
     """Hash of everything that must be equal for a resumed run to be the same run. Paths and retention are not part of it."""
     settings = config.model_dump(mode="json", exclude={"model", "data"})
     for free in ("checkpoint_steps", "keep_checkpoints", "logging_steps"):
@@ -144,6 +148,7 @@ def _resume_key(config: Config, *, choice: Choice, hardware: Hardware, data: Sta
         "dtype": hardware.dtype,
         "optimizer": hardware.optimizer,
         "data": data.sha256,
+        "order": plan.sha256,
         "base": base_sha256,
         "versions": library_versions(),
     }

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -106,6 +106,7 @@ class StageLoop:
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._rng_after_step is None:
             self._rng_after_step = rng.capture()
+            self._evaluate_if_due(self.state.global_step)  # resumed: the attempt before was stopped while it evaluated
         if self.run.stopped():
             self._preempt()
         self._pending_positions += inputs["input_ids"].numel()
@@ -151,9 +152,8 @@ class StageLoop:
         last = step >= total
         if step % run.logging_steps == 0 or last:
             self._report(step, total, grad_norm=float(grad_norm), learning_rate=float(kwargs.get("learning_rate") or 0.0))
-        if run.eval_steps and step % run.eval_steps == 0 and not last:
-            self._evaluate_now(step)
         self._rng_after_step = rng.capture()
+        self._evaluate_if_due(step)
         if last or step % run.checkpoint_steps == 0:
             self.save_now()
 
@@ -173,16 +173,24 @@ class StageLoop:
         append_metrics(self.run.metrics_path, step, record)
         self.run.progress.step(step, total, **record)
 
-    def _evaluate_now(self, step: int) -> None:
-        loss = self.run.validate(self.model)
+    def _evaluate_if_due(self, step: int) -> None:
+        """Validation loss on the way; asked to stop meanwhile, the run keeps the steps before it and evaluates when it goes on."""
+        run = self.run
+        due = run.eval_steps is not None and 0 < step < run.plan.steps and step % run.eval_steps == 0
+        if not due or str(step) in run.ledger.validation_after:
+            return
+        try:
+            loss = run.validate(self.model)
+        except Preempted:
+            self._preempt()
         self.model.train()
-        self.run.ledger.validation_after[str(step)] = loss
-        append_metrics(self.run.metrics_path, step, {"validation_loss": loss})
-        self.run.progress.step(step, self.run.plan.steps, validation_loss=loss)
+        run.ledger.validation_after[str(step)] = loss
+        append_metrics(run.metrics_path, step, {"validation_loss": loss})
+        run.progress.step(step, run.plan.steps, validation_loss=loss)
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 
-    def _preempt(self) -> None:
+    def _preempt(self) -> NoReturn:
         """Save the state after the last whole step (a begun one has changed no weight) and stop."""
         step = self.state.global_step
         if step:

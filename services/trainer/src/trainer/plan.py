@@ -6,13 +6,16 @@ resumed run sees exactly the batches that it would have seen, and a test can loo
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-_WINDOW = 16
-"""Effective batches among which rows are sorted by length: enough to save padding, few enough to stay random."""
+_WINDOW = 64
+"""Effective batches among which rows are sorted by length: enough to save padding, few enough to stay random. Of the KP example's
+rows, an eighth of them ten times as long as the rest, 94 % of the positions are tokens with 64, 78 % with 16."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class Plan:
         """Share of the trained positions that hold a token and not padding."""
         held = sum(self.lengths[row] for batch in self.batches for row in batch)
         return held / sum(len(batch) * max(self.lengths[row] for row in batch) for batch in self.batches)
+
+    @property
+    def sha256(self) -> str:
+        """Of the order: two plans with the same one train on the same rows step by step."""
+        return hashlib.sha256(json.dumps([self.accumulation, self.batches]).encode()).hexdigest()
 
     def epoch_at(self, step: int) -> float:
         rows = sum(len(batch) for batch in self.batches[: step * self.accumulation])
@@ -69,7 +77,8 @@ def plan_batches(lengths: Sequence[int], *, batch_size: int, accumulation: int, 
 def _group_by_length(stream: list[int], lengths: Sequence[int], per_step: int, chance: random.Random) -> list[list[int]]:
     """Rows of each step, longest first within the step; only the last step may be short."""
     steps: list[list[int]] = []
-    window = _WINDOW * per_step
+    # no wider than an epoch: sorting would lay a row beside its own repetitions
+    window = per_step * max(1, min(_WINDOW, len(lengths) // per_step))
     for start in range(0, len(stream), window):
         rows = sorted(stream[start : start + window], key=lambda row: -lengths[row])
         short = len(rows) % per_step

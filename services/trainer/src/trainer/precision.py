@@ -10,18 +10,14 @@ import torch
 from parampara.errors import InvalidRequest
 from parampara.schemas.stages import Dtype
 
-_NEEDS_GPU = {"paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"}
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """``note`` says what was asked for and could not be had."""
-
     device: torch.device
     dtype: Dtype
     optimizer: str
-    note: str | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -31,7 +27,7 @@ class Hardware:
 def choose_hardware(precision: Literal["auto", "float32", "float16", "bfloat16"], optimizer: str) -> Hardware:
     """``auto``: float32 on a CPU (bfloat16 is slower there), bfloat16 on a GPU that has it, else float16.
 
-    Optimizers of bitsandbytes have no CPU kernels: torch's fused AdamW (the same update rule in 32 bits) stands in, and ``note`` says so.
+    Every optimizer runs on both: those of bitsandbytes have CPU kernels, and a paged one keeps its state in plain memory there.
 
     Raises:
         InvalidRequest: float16 on a CPU, whose kernels for it do not train.
@@ -45,9 +41,6 @@ def choose_hardware(precision: Literal["auto", "float32", "float16", "bfloat16"]
         )
     else:
         dtype = precision
-    if optimizer in _NEEDS_GPU and not gpu:
-        note = f"optim {optimizer} needs a GPU (bitsandbytes); adamw_torch_fused stands in: the same AdamW, its state in 32 bits"
-        return Hardware(torch.device("cpu"), dtype, "adamw_torch_fused", note)
     return Hardware(torch.device("cuda" if gpu else "cpu"), dtype, optimizer)
 
 

@@ -6,7 +6,7 @@ Books become :class:`Document` (:mod:`.books`), documents become chunks (:mod:`.
 
 from parampara.datasets.books import Document, Page, read_book, validate_books
 from parampara.datasets.chunks import Chunk, chunk_document, chunk_documents, chunk_text
-from parampara.datasets.qa import Message, QaRow, Role, count_duplicates, read_qa, validate_qa
+from parampara.datasets.qa import Message, QaRow, Role, count_asked_in_both, count_duplicates, read_qa, validate_qa
 from parampara.datasets.split import content_hash, hold_out
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "chunk_documents",
     "chunk_text",
     "content_hash",
+    "count_asked_in_both",
     "count_duplicates",
     "hold_out",
     "read_book",

@@ -53,7 +53,7 @@ def read_book(path: Path, label: str | None = None) -> Document:
         title, pages = "", [(str(number), text) for number, text in _jsonl_texts(path, name)]
     else:
         title, pages = "", [("", decode_utf8(path.read_bytes(), name=name))]
-    cleaned = [Page(label=mark, text=text) for mark, raw in pages if (text := clean_text(raw).strip())]
+    cleaned = [Page(label=clean_text(mark).strip(), text=text) for mark, raw in pages if (text := clean_text(raw).strip())]
     if not cleaned:
         raise InvalidData(f"{name}: {_no_text(suffix)}", param=name)
     return Document(title=clean_text(title).strip() or Path(name).stem, pages=cleaned)
@@ -99,9 +99,10 @@ def _jsonl_texts(path: Path, name: str) -> Iterator[tuple[int, str]]:
                 raise InvalidData(f"{name} line {number}: longer than {MAX_LINE_BYTES} bytes.", param=name)
             if not line.strip():
                 continue
+            text = decode_utf8(line, name=f"{name} line {number}")
             try:
-                row = json.loads(decode_utf8(line, name=f"{name} line {number}"))
-            except (json.JSONDecodeError, RecursionError) as error:
+                row = json.loads(text)
+            except (ValueError, RecursionError) as error:  # a plain ValueError: an integer of more digits than Python converts
                 raise InvalidData(f"{name} line {number}: not JSON ({error}).", param=name) from None
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                 raise InvalidData(f'{name} line {number}: a book row is {{"text": "..."}}, got {_columns(row)}.', param=name)

@@ -48,8 +48,13 @@ class QaRow:
         return self.messages[-1].content
 
     @property
+    def asked(self) -> str:
+        """All that the user said: what a held-out split must not share with training, whatever was answered."""
+        return "\n".join(message.content for message in self.messages if message.role == "user")
+
+    @property
     def text(self) -> str:
-        """All that was said but system prompts: what a held-out split must not share with training."""
+        """All that was said but system prompts."""
         return "\n".join(f"{message.role}: {message.content}" for message in self.messages if message.role != "system")
 
 
@@ -111,6 +116,12 @@ def count_duplicates(rows: Iterable[QaRow]) -> int:
     return len(seen) - len(set(seen))
 
 
+def count_asked_in_both(trained: Iterable[QaRow], held_out: Iterable[QaRow]) -> int:
+    """How many held-out rows ask the same as a training row."""
+    seen = {content_hash(row.asked) for row in trained}
+    return sum(content_hash(row.asked) in seen for row in held_out)
+
+
 def _lines(path: Path, name: str) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES + 1), b""), 1):
@@ -122,9 +133,10 @@ def _lines(path: Path, name: str) -> Iterator[tuple[int, bytes]]:
 
 def _row(line: bytes, *, name: str, number: int) -> QaRow:
     where = f"{name} line {number}"
+    text = decode_utf8(line, name=where)
     try:
-        data = json.loads(decode_utf8(line, name=where))
-    except (json.JSONDecodeError, RecursionError) as error:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:  # a plain ValueError: an integer of more digits than Python converts
         raise InvalidData(
             f"{where}: not JSON ({error}); a question-answer file has one JSON object per line (JSONL).", param=name
         ) from None
@@ -145,7 +157,8 @@ def _row(line: bytes, *, name: str, number: int) -> QaRow:
             '{"instruction", "input"?, "output"}.',
             param=name,
         )
-    return QaRow(messages=messages, metadata=metadata)
+    cleaned = {key: clean_text(value) if isinstance(value, str) else value for key, value in metadata.items()}
+    return QaRow(messages=messages, metadata=cleaned)
 
 
 def _pair(data: dict[str, Any], asks: tuple[str, ...], answers: str, *, where: str, name: str) -> list[Message]:

@@ -42,6 +42,9 @@ def upgrade(url: str, revision: str = "head") -> None:
         connection.commit()
         command.upgrade(_config(connection), revision)
         connection.commit()
+        if revision == "head":
+            _adopt_events(connection)
+            connection.commit()
 
 
 def downgrade(url: str, revision: str) -> None:
@@ -84,6 +87,19 @@ def _locked(url: str) -> Iterator[Connection]:
         connection.execute(text(f"SET lock_timeout = '{LOCK_TIMEOUT}'"))
         connection.commit()
         yield connection
+
+
+def _adopt_events(connection: Connection) -> None:
+    """Events restored from a dump carry numbers of another cluster's transactions, which may lie in this one's future.
+
+    Readers of the stream would wait for those, so all are put before whatever comes, in the order of their ids.
+    """
+    connection.execute(
+        text(
+            "UPDATE events SET xid = 0 WHERE EXISTS "
+            "(SELECT 1 FROM events WHERE xid >= (pg_snapshot_xmax(pg_current_snapshot())::text)::bigint)"
+        )
+    )
 
 
 def _config(connection: Connection) -> Config:

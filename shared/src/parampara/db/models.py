@@ -148,11 +148,16 @@ class Attempt(Base):
 
 
 class Event(Base):
-    """Append-only history of a run; ``id`` is the cursor of lists and of the SSE stream (``Last-Event-ID``)."""
+    """Append-only history of a run; ``id`` is the cursor of lists and of the SSE stream (``Last-Event-ID``).
+
+    The order is (``xid``, ``id``): ids are handed out before COMMIT, so one may become visible after a higher one.
+    """
 
     __tablename__ = "events"
-    __table_args__ = (Index("ix_events_run_id_id", "run_id", "id"), Index("ix_events_job_id_id", "job_id", "id"))
+    __table_args__ = (Index("ix_events_run_id_xid_id", "run_id", "xid", "id"), Index("ix_events_job_id_xid_id", "job_id", "xid", "id"))
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    xid: Mapped[int] = mapped_column(BigInteger, server_default=text("(pg_current_xact_id()::text)::bigint"))
+    """Number of the transaction that wrote it (64 bits, they never wrap around)."""
     run_id: Mapped[str | None] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
     job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
     attempt: Mapped[int | None] = mapped_column(Integer)

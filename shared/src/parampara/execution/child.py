@@ -2,8 +2,8 @@
 
 ``python -m <service> <kind> --config FILE --workdir DIR`` runs one stage function; a worker starts exactly this command.
 Under ``DIR`` it leaves ``progress.jsonl`` (while it runs), ``result.json`` or ``error.json``, and the stage's ``output``.
-Exit codes: 0 done, 75 preempted with a checkpoint, 76 diverged, 77 out of memory, 78 bad configuration or data, anything
-else or a signal: a crash. SIGTERM asks for a checkpoint and exit 75.
+Exit codes: 0 done, 74 another process works in ``DIR``, 75 preempted with a checkpoint, 76 diverged, 77 out of memory,
+78 bad configuration or data, anything else or a signal: a crash. SIGTERM asks for a checkpoint and exit 75.
 
 Two guards keep two attempts of a job apart: an flock on ``DIR/lock`` held for life (forked helpers inherit it), and the
 kernel's parent-death signal when a supervisor started the process.
@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -30,7 +31,8 @@ from typing import Any, NoReturn, TextIO
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from parampara.errors import EXIT_OK, InvalidRequest, OutOfMemory, ParamparaError
+from parampara.db.storable import storable
+from parampara.errors import EXIT_OK, InvalidRequest, OutOfMemory, ParamparaError, WorkdirBusy
 from parampara.execution import stop
 from parampara.progress import JsonlProgress, Level
 from parampara.schemas.recipe import invalid
@@ -73,9 +75,12 @@ def run_stage(stage: Stage, *, config: Path, workdir: Path) -> int:
             shutil.rmtree(workdir / "output", ignore_errors=True)  # of an attempt that was killed before anybody took it
             progress = _EchoProgress(workdir / "progress.jsonl")
             result = stage.load()(_read_config(stage.config, config), workdir=workdir, progress=progress)
-            body = "{}" if result is None else result.model_dump_json()
+            body = "{}" if result is None else json.dumps(storable(result.model_dump(mode="json")))
             write_atomically(workdir / "result.json", body.encode())
             return EXIT_OK
+    except WorkdirBusy as error:
+        print(error.message, file=sys.stderr)
+        return error.exit_code  # no error.json: the directory is somebody else's
     except ParamparaError as error:
         print(f"{type(error).__name__}: {error.message}", file=sys.stderr)
         return _report(workdir, error.body(), error.exit_code)
@@ -120,13 +125,15 @@ def _lock(workdir: Path) -> TextIO:
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
             return file
         except BlockingIOError:
             if time.monotonic() > deadline:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
                 file.close()
-                raise ParamparaError(
-                    f"Another process still works in {workdir}; it did not end within {_LOCK_WAIT_SECONDS} seconds.", code="workdir_busy"
-                ) from None
+                raise WorkdirBusy(f"{holder} still works in {workdir}; it did not end within {_LOCK_WAIT_SECONDS} seconds.") from None
             time.sleep(0.1)
 
 

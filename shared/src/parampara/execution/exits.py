@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from parampara.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_OK, EXIT_OUT_OF_MEMORY, EXIT_PREEMPTED
+from parampara.db.storable import storable
+from parampara.errors import EXIT_BAD_INPUT, EXIT_BUSY, EXIT_DIVERGED, EXIT_OK, EXIT_OUT_OF_MEMORY, EXIT_PREEMPTED
 from parampara.schemas.stages import DeployResult, EvaluateResult, IngestResult, Kind, MergeResult, QuantizeResult, TrainResult
 
 RESULTS: dict[Kind, type[BaseModel]] = {
@@ -31,7 +32,7 @@ _DEFAULT_MESSAGES = {
 
 @dataclass(frozen=True)
 class Ending:
-    outcome: Literal["succeeded", "failed", "crashed", "preempted", "cancelled"]
+    outcome: Literal["succeeded", "failed", "crashed", "preempted", "cancelled", "busy"]
     exit_code: int
     log_tail: str
     error: dict[str, Any] = field(default_factory=dict)
@@ -47,8 +48,14 @@ def read_ending(workdir: Path, code: int, *, stopped_because: str | None, log_ta
         return _succeeded(workdir, code, log_tail, kind)
     if stopped_because == "stalled":
         return Ending("crashed", code, log_tail, {"code": "stalled", "message": "the stage reported nothing for too long and was stopped"})
-    if stopped_because is not None or code == EXIT_PREEMPTED:
-        return Ending("preempted", code, log_tail, {"code": "preempted", "message": stopped_because or error["message"]})
+    if stopped_because is not None:
+        return Ending("preempted", code, log_tail, {"code": "preempted", "message": stopped_because})
+    if code == EXIT_BUSY:
+        last = log_tail.rstrip().rpartition("\n")[2]
+        return Ending("busy", code, log_tail, {"code": "workdir_busy", "message": last or "another process works in the job's directory"})
+    if code == EXIT_PREEMPTED:  # counted: a stage that always stops by itself would be started again for ever
+        message = f"the stage stopped although nobody had asked it to: {error['message']}"
+        return Ending("crashed", code, log_tail, {"code": "preempted_unasked", "message": message})
     return Ending("failed" if code in _DEFAULT_MESSAGES else "crashed", code, log_tail, error)
 
 
@@ -56,16 +63,18 @@ def _succeeded(workdir: Path, code: int, log_tail: str, kind: Kind) -> Ending:
     try:
         result = RESULTS[kind].model_validate_json((workdir / "result.json").read_bytes())
     except (OSError, ValidationError) as error:
-        return Ending("crashed", code, log_tail, {"code": "bad_result", "message": f"the stage left no valid result: {error}"})
-    return Ending("succeeded", code, log_tail, result=result.model_dump(mode="json"))
+        message = storable(f"the stage left no valid result: {error}")
+        return Ending("crashed", code, log_tail, {"code": "bad_result", "message": message})
+    return Ending("succeeded", code, log_tail, result=storable(result.model_dump(mode="json")))
 
 
 def _error(workdir: Path) -> dict[str, Any] | None:
     """The error that the stage wrote; None when it died before it could."""
     try:
         error = json.loads((workdir / "error.json").read_bytes())["error"]
-        return {"code": error.get("code"), "message": str(error["message"]), "param": error.get("param"), "type": error.get("type")}
-    except (OSError, ValueError, KeyError, TypeError):
+        told = {"code": error.get("code"), "message": str(error["message"]), "param": error.get("param"), "type": error.get("type")}
+        return storable(told)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -24,6 +24,7 @@ from parampara.settings import Settings
 
 _BATCH = 200
 _FLOAT_BYTES = 4
+_NAME_DIGITS = (8, 12, 24)
 
 
 def on_success(session: Session, job: Job, run: Run | None, *, settings: Settings, output: Path | None) -> None:
@@ -102,10 +103,10 @@ def open_deployment(session: Session, job: Job, *, model: str, artifact_id: str)
     return deployment
 
 
-def model_id(run: Run, organization: str) -> str:
+def model_id(run: Run, organization: str, *, digits: int) -> str:
     """``ft:<base>:<organization>:<suffix>:<first digits of the run's id>``."""
     base = base_models.short_name(run.recipe["base_model"])
-    return f"ft:{base}:{organization}:{run.recipe['suffix']}:{run.id.removeprefix('run_')[:8]}"
+    return f"ft:{base}:{organization}:{run.recipe['suffix']}:{run.id.removeprefix('run_')[:digits]}"
 
 
 def _decide_gate(session: Session, job: Job, run: Run, settings: Settings) -> None:
@@ -121,10 +122,23 @@ def _decide_gate(session: Session, job: Job, run: Run, settings: Settings) -> No
     artifact = session.scalars(select(Job.artifact_id).where(Job.run_id == run.id, Job.name == "quantize")).one_or_none()
     if artifact is None:
         raise InvalidData(f"Run {run.id} was evaluated but has no quantized model to register.")
-    name = model_id(run, settings.organization)
-    values = {"id": name, "base_model": run.recipe["base_model"], "artifact_id": artifact, "run_id": run.id}
-    session.execute(postgresql.insert(Model).values(values).on_conflict_do_nothing())
-    run.model = name
+    run.model = _register(session, run, settings, artifact)
+
+
+def _register(session: Session, run: Run, settings: Settings, artifact: str) -> str:
+    """Give the run's model the shortest name that no other model has; returns the name.
+
+    Raises:
+        InvalidData: every name was given to another artifact before.
+    """
+    for digits in _NAME_DIGITS:
+        name = model_id(run, settings.organization, digits=digits)
+        values = {"id": name, "base_model": run.recipe["base_model"], "artifact_id": artifact, "run_id": run.id}
+        session.execute(postgresql.insert(Model).values(values).on_conflict_do_nothing())
+        model = session.get_one(Model, name, populate_existing=True)
+        if model.run_id == run.id and model.artifact_id == artifact:
+            return name
+    raise InvalidData(f"Every name for the model of run {run.id} belongs to another artifact already.")
 
 
 def _shown(gate: dict[str, Any]) -> str:

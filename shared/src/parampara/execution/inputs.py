@@ -150,7 +150,7 @@ def find_twin(session: Session, claim: Claim, cache_key: str) -> Job | None:
 def _locate(reference: dict[str, str], gathered: Gathered, settings: Settings, storage: LocalStorage) -> _Input:
     if "base" in reference:
         path = base_models.resolve(settings, reference["base"])
-        return _Input(path, base_models.fingerprint(path, cache=settings.home.resolve() / "fingerprints"))
+        return _Input(path, base_models.fingerprint(path, cache=_fingerprints(settings)))
     if "file" in reference:
         row = gathered.files[reference["file"]]
         path = files.path_of(settings, row.id, row.filename)
@@ -158,9 +158,15 @@ def _locate(reference: dict[str, str], gathered: Gathered, settings: Settings, s
             raise NotFound(f"The bytes of file {row.id} ({row.filename}) are gone from {path.parent}.", param=row.id, code="file_not_found")
         if sha256_file(path) != row.sha256:
             raise InvalidData(f"File {row.id} ({row.filename}) differs from what was uploaded: its sha256 is another.", param=row.id)
-        return _Input(path, row.sha256, file=row)
+        # readers choose the format by the suffix: equal bytes under another name are another input
+        return _Input(path, row.sha256 + files.suffix_of(row.filename), file=row)
     artifact_id = reference.get("artifact") or gathered.artifacts[reference["job"]]
-    return _Input(storage.verify(artifact_id, deep=False), artifact_id, artifact_id=artifact_id)
+    return _Input(storage.verify(artifact_id, cache=_fingerprints(settings)), artifact_id, artifact_id=artifact_id)
+
+
+def _fingerprints(settings: Settings) -> Path:
+    """Where it is kept which models were hashed already."""
+    return settings.home.resolve() / "fingerprints"
 
 
 def _cache_key(gathered: Gathered, inputs: dict[str, list[_Input]], params: Any) -> str | None:

@@ -11,8 +11,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from parampara.db.session import transaction
+from parampara.execution import metrics
 from parampara.execution.leases import Beat, Claim, heartbeat
-from parampara.execution.metrics import HEARTBEAT_AGE
 from parampara.settings import WorkerSettings
 from parampara.telemetry import get_logger
 
@@ -24,6 +24,8 @@ class LeaseKeeper:
 
     ``lost``: another worker holds the job, or it was ended: nothing may be written any more. ``outdated``: the lease could
     not be renewed for its whole length (the database is away), so somebody else may hold it. Either calls ``on_gone``.
+
+    Its age is watched by a second thread: a database that does not answer at all keeps the first one in its statement.
     """
 
     def __init__(self, sessions: sessionmaker[Session], claim: Claim, settings: WorkerSettings) -> None:
@@ -34,17 +36,17 @@ class LeaseKeeper:
         self._sessions, self._claim, self._settings = sessions, claim, settings
         self._renewed = time.monotonic()
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"lease {claim.job_id}", daemon=True)
+        self._threads = [threading.Thread(target=run, name=f"lease {claim.job_id}", daemon=True) for run in (self._renew, self._watch)]
 
     def __enter__(self) -> LeaseKeeper:
-        HEARTBEAT_AGE.set_function(lambda: time.monotonic() - self._renewed)
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._done.set()
-        self._thread.join()
-        HEARTBEAT_AGE.set_function(lambda: 0.0)  # an idle worker holds no lease that could run out
+        for thread in self._threads:
+            thread.join()
 
     @property
     def gone(self) -> bool:
@@ -59,7 +61,7 @@ class LeaseKeeper:
             _log.warning("lease lost: another worker has the job, or it was ended")
             self.on_gone()
 
-    def _run(self) -> None:
+    def _renew(self) -> None:
         wait = self._settings.heartbeat_seconds
         while not self._done.wait(wait) and not self.lost.is_set():
             started = time.monotonic()
@@ -69,13 +71,17 @@ class LeaseKeeper:
             except SQLAlchemyError as error:
                 wait = min(1.0, self._settings.heartbeat_seconds)
                 _log.warning("heartbeat failed", error=str(error).splitlines()[0])
-                self._check_age()
                 continue
             wait, self._renewed = self._settings.heartbeat_seconds, started
+            metrics.sign_of_life()
             self.note(beat)
 
-    def _check_age(self) -> None:
-        if time.monotonic() - self._renewed > self._settings.lease_seconds and not self.outdated.is_set():
-            self.outdated.set()
-            _log.warning("lease not renewed for its whole length; stopping the stage, for another worker may start it")
-            self.on_gone()
+    def _watch(self) -> None:
+        left = self._settings.lease_seconds
+        while left > 0:
+            if self._done.wait(left) or self.lost.is_set():
+                return
+            left = self._renewed + self._settings.lease_seconds - time.monotonic()
+        self.outdated.set()
+        _log.warning("lease not renewed for its whole length; stopping the stage, for another worker may start it")
+        self.on_gone()

@@ -1,9 +1,11 @@
-"""How an attempt ends, each in one guarded transaction. Every function returns False when the claim no longer held: then the
-attempt was stale, and nothing of it was written.
+"""How an attempt ends, each in one guarded transaction. Every function returns the end that it wrote, which is ``cancelled``
+for a success that somebody has cancelled meanwhile; or None when the claim no longer held: then the attempt was stale, and
+nothing of it was written.
 """
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,12 @@ def succeed(
     manifest: Manifest | None = None,
     output: Path | None = None,
     log_tail: str | None = None,
-) -> bool:
+) -> str | None:
     """The stage ended well: its result and artifact become the job's, and the run moves on."""
     if (job := hold(session, claim)) is None:
-        return False
+        return None
+    if job.cancel_requested:
+        return cancel(session, claim, exit_code=0, log_tail=log_tail)
     if manifest is not None:
         values = {
             "id": manifest.id,
@@ -49,14 +53,16 @@ def succeed(
         job.artifact_id = manifest.id
     close_attempt(session, job.id, claim.fence, "succeeded", exit_code=0, log_tail=log_tail)
     _succeeded(session, claim, job, settings=settings, result=result, output=output)
-    return True
+    return "succeeded"
 
 
-def reuse(session: Session, claim: Claim, *, settings: Settings, source: Job) -> bool:
+def reuse(session: Session, claim: Claim, *, settings: Settings, source: Job) -> str | None:
     """An earlier job made the same: take its artifact and result."""
     if (job := hold(session, claim)) is None:
-        return False
-    job.artifact_id, job.reused_from = source.artifact_id, source.id
+        return None
+    if job.cancel_requested:
+        return cancel(session, claim)
+    job.artifact_id, job.reused_from = source.artifact_id, source.reused_from or source.id  # where the work was done, and its curve is
     job_event(
         session,
         job,
@@ -66,35 +72,37 @@ def reuse(session: Session, claim: Claim, *, settings: Settings, source: Job) ->
     )
     close_attempt(session, job.id, claim.fence, "succeeded")
     _succeeded(session, claim, job, settings=settings, result=dict(source.result or {}), output=None)
-    return True
+    return "reused"
 
 
-def fail(session: Session, claim: Claim, *, error: dict[str, Any], exit_code: int | None = None, log_tail: str | None = None) -> bool:
+def fail(session: Session, claim: Claim, *, error: dict[str, Any], exit_code: int | None = None, log_tail: str | None = None) -> str | None:
     """The stage said that trying again is no use (bad input, divergence, out of memory)."""
     if (job := hold(session, claim)) is None:
-        return False
+        return None
     close_attempt(session, job.id, claim.fence, "failed", exit_code=exit_code, error=error, log_tail=log_tail)
     end(session, job, "failed", error)
     settle(session, lock_run(session, job.run_id))
-    return True
+    return "failed"
 
 
 def crash(
     session: Session, claim: Claim, *, error: dict[str, Any], max_crashes: int, exit_code: int | None = None, log_tail: str | None = None
-) -> bool:
+) -> str | None:
     """The stage died: queued again after a short wait, or failed after too many crashes. ``exit_code`` is -N for signal N."""
     if (job := hold(session, claim)) is None:
-        return False
+        return None
     close_attempt(session, job.id, claim.fence, "crashed", exit_code=exit_code, error=error, log_tail=log_tail)
     count_crash(session, job, error=error, max_crashes=max_crashes, wait=True)
     settle(session, lock_run(session, job.run_id))
-    return True
+    return "crashed"
 
 
-def release(session: Session, claim: Claim, *, reason: str, exit_code: int | None = None, log_tail: str | None = None) -> bool:
-    """The attempt was stopped through no fault of the job: queued again at once, nothing counted against it."""
+def release(
+    session: Session, claim: Claim, *, reason: str, wait_seconds: float = 0, exit_code: int | None = None, log_tail: str | None = None
+) -> str | None:
+    """The attempt was stopped through no fault of the job: queued again, nothing counted against it."""
     if (job := hold(session, claim)) is None:
-        return False
+        return None
     close_attempt(
         session, job.id, claim.fence, "preempted", exit_code=exit_code, error={"code": "preempted", "message": reason}, log_tail=log_tail
     )
@@ -102,21 +110,22 @@ def release(session: Session, claim: Claim, *, reason: str, exit_code: int | Non
         end(session, job, "cancelled", _CANCELLED)
     else:
         job.state, job.owner, job.lease_until = "queued", None, None
+        job.not_before = func.now() + timedelta(seconds=wait_seconds) if wait_seconds else None
         job_state(session, job, f"{job.name} queued again: {reason}", attempt=claim.attempt)
         announce(session, job)
     session.flush()
     settle(session, lock_run(session, job.run_id))
-    return True
+    return "cancelled" if job.state == "cancelled" else "preempted"
 
 
-def cancel(session: Session, claim: Claim, *, exit_code: int | None = None, log_tail: str | None = None) -> bool:
+def cancel(session: Session, claim: Claim, *, exit_code: int | None = None, log_tail: str | None = None) -> str | None:
     """The stage was stopped because somebody asked for it."""
     if (job := hold(session, claim)) is None:
-        return False
+        return None
     close_attempt(session, job.id, claim.fence, "cancelled", exit_code=exit_code, error=_CANCELLED, log_tail=log_tail)
     end(session, job, "cancelled", _CANCELLED)
     settle(session, lock_run(session, job.run_id))
-    return True
+    return "cancelled"
 
 
 def _succeeded(session: Session, claim: Claim, job: Job, *, settings: Settings, result: dict[str, Any], output: Path | None) -> None:

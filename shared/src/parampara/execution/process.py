@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from parampara.db.storable import storable
 from parampara.execution.child import SUPERVISOR_PID
 from parampara.schemas.stages import Kind
 
@@ -61,8 +62,7 @@ class StageProcess:
         """Last lines of the attempt's log."""
         with self.log.open("rb") as file:
             file.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
-            # Postgres text holds no NUL
-            return "\n".join(file.read().decode("utf-8", "replace").replace("\0", "").splitlines()[-_TAIL_LINES:])
+            return storable("\n".join(file.read().decode("utf-8", "replace").splitlines()[-_TAIL_LINES:]))
 
 
 def stage_environment() -> dict[str, str]:

@@ -114,7 +114,8 @@ def retry_job(session: Session, job_id: str) -> Job:
 
     Raises:
         NotFound: no such job.
-        WrongState: it neither failed nor was cancelled, a gate holds it, or a job it depends on has not succeeded.
+        WrongState: it neither failed nor was cancelled, a gate holds it, a job it depends on has not succeeded, or the run is
+            still being cancelled.
     """
     run, job = _job(session, job_id)
     _check_retry(job)
@@ -124,6 +125,7 @@ def retry_job(session: Session, job_id: str) -> Job:
         session.flush()
         return job
     jobs = {other.id: other for other in jobs_of(session, run)}
+    _refuse_while_cancelling(run, list(jobs.values()))
     for needed in (jobs[job_id] for job_id in job.depends_on):
         if needed.state != "succeeded":
             raise WrongState(
@@ -142,14 +144,16 @@ def retry_run(session: Session, run_id: str) -> Run:
 
     Raises:
         NotFound: no such run.
-        WrongState: nothing in it failed or was cancelled, or its gates failed it.
+        WrongState: nothing in it failed or was cancelled, its gates failed it, or it is still being cancelled.
     """
     run = _run(session, run_id)
     if run.gate == "fail":
         raise WrongState(
             f"Run {run.id} was failed by a gate: equal inputs give an equal result. Change the recipe and start a new run.", param="run_id"
         )
-    again = [job for job in jobs_of(session, run) if job.state in ("failed", "cancelled") and not held(job)]
+    jobs = jobs_of(session, run)
+    _refuse_while_cancelling(run, jobs)
+    again = [job for job in jobs if job.state in ("failed", "cancelled") and not held(job)]
     if not again:
         raise WrongState(f"Run {run.id} is {run.state}: there is no failed or cancelled job to retry.", param="run_id")
     _wake(session, run, again)
@@ -197,6 +201,13 @@ def _check_retry(job: Job) -> None:
         )
 
 
+def _refuse_while_cancelling(run: Run, jobs: list[Job]) -> None:
+    """Whatever were put back now would be cancelled again with the job that is stopping."""
+    for job in jobs:
+        if job.state == "running" and job.cancel_requested:
+            raise WrongState(f"Run {run.id} is still being cancelled ({job.name} is stopping); retry once it is cancelled.", param="run_id")
+
+
 def _wake(session: Session, run: Run, jobs: list[Job]) -> None:
     for job in jobs:
         _put_back(session, job, "waiting")
@@ -208,7 +219,7 @@ def _wake(session: Session, run: Run, jobs: list[Job]) -> None:
 def _put_back(session: Session, job: Job, state: str) -> None:
     job.state, job.error, job.result = state, None, None
     job.crashes, job.cancel_requested, job.progress = 0, False, {}
-    job.owner = job.lease_until = job.not_before = job.finished_at = None
+    job.owner = job.lease_until = job.not_before = job.started_at = job.finished_at = None
     hooks.on_retry(session, job)
     job_state(session, job, f"{job.name} {state} again (retry)")
 

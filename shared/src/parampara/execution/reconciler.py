@@ -1,4 +1,4 @@
-"""Puts right what no worker and no request will: doorbells not sent, leases nobody misses, runs that stopped moving."""
+"""Puts right what no worker and no request will: doorbells not sent, leases nobody misses, runs that stopped moving, litter."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from parampara.db.models import Job, Run
 from parampara.db.session import transaction
 from parampara.execution import doorbell, leases
 from parampara.execution.runs import FINAL, lock_run, settle
+from parampara.execution.sweeping import sweep
 from parampara.settings import Settings
 from parampara.telemetry import get_logger
 
@@ -50,11 +51,19 @@ class Reconciler:
                 if done.expired or done.settled:
                     _log.info("reconciled", expired_leases=done.expired, settled_runs=done.settled)
                 if passes % 1000 == 0:
-                    with transaction(self._sessions) as session:
-                        doorbell.prune(session)
+                    self._tidy()
                 passes += 1
             except SQLAlchemyError as error:
                 _log.warning("database is away; trying again", error=str(error).splitlines()[0])
+            except Exception:  # noqa: BLE001 - the boundary of the thread: the next pass may do
+                _log.exception("unexpected error in the reconciler")
+
+    def _tidy(self) -> None:
+        """The slow part, every half an hour."""
+        with transaction(self._sessions) as session:
+            doorbell.prune(session)
+        if swept := sweep(self._sessions, self._settings):
+            _log.info("removed what killed workers left", directories=[path.name for path in swept])
 
     def _ring(self) -> int:
         return doorbell.ring(self._app, self._sessions)

@@ -9,12 +9,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from parampara.db.session import transaction
+from parampara.db.session import is_away, transaction
+from parampara.db.storable import storable
 from parampara.errors import ArtifactDamaged, NotFound, ParamparaError
 from parampara.execution import inputs, leases, metrics, outcomes, products
 from parampara.execution.exits import Ending, read_ending
@@ -28,7 +29,12 @@ from parampara.telemetry import bind, get_logger
 
 _TICK_SECONDS = 0.1
 _FLUSH_SECONDS = 1.0
+_AGAIN_SECONDS = 1.0
+_BUSY_SECONDS = 15.0
+"""Until a job is tried again whose directory another process holds, e.g. the stage of a worker that is cut off."""
 _log = get_logger(__name__)
+
+T = TypeVar("T")
 
 
 class Supervisor:
@@ -45,16 +51,30 @@ class Supervisor:
         with bind(run_id=claim.run_id, job_id=claim.job_id, attempt=claim.attempt), metrics.RUNNING.labels(claim.kind).track_inprogress():
             _log.info("attempt started", job=claim.name, kind=claim.kind, fence=claim.fence)
             with LeaseKeeper(self._sessions, claim, self._settings.worker) as lease:
-                outcome = self._attempt(claim, lease)
+                outcome = self._contained(claim, lease)
             seconds = time.monotonic() - started
             metrics.JOBS.labels(claim.kind, outcome).inc()
             metrics.ATTEMPT_SECONDS.labels(claim.kind).observe(seconds)
             _log.info("attempt ended", job=claim.name, kind=claim.kind, outcome=outcome, seconds=round(seconds, 2))
         return outcome
 
+    def _contained(self, claim: Claim, lease: LeaseKeeper) -> str:
+        """The boundary: what nobody expected costs the attempt, never the worker."""
+        try:
+            return self._attempt(claim, lease)
+        except Exception as error:  # noqa: BLE001
+            if is_away(error):
+                return "stale" if lease.lost.is_set() else self._release(claim)
+            _log.exception("unexpected error in the supervisor")
+            if isinstance(error, DataError | IntegrityError):  # it would be refused again
+                refused = {"code": "bad_result", "message": storable(f"the database refused what was to be written: {error.orig}")}
+                return self._write(lambda session: outcomes.fail(session, claim, error=refused))
+            message = storable(f"the supervisor failed: {type(error).__name__}: {error}")
+            return self._crash(claim, {"code": "internal_error", "message": message})
+
     def _attempt(self, claim: Claim, lease: LeaseKeeper) -> str:
         try:
-            prepared = self._prepare(claim)
+            prepared = self._prepare(claim, lease)
             if not isinstance(prepared, inputs.Resolved):
                 return prepared
             workdir = workdir_of(self._settings, claim.job_id)
@@ -65,30 +85,45 @@ class Supervisor:
         except ParamparaError as error:
             _log.warning("inputs are not usable", error=error.message)
             body = error.body()["error"]
-            return self._write("failed", lambda session: outcomes.fail(session, claim, error=body))
+            return self._write(lambda session: outcomes.fail(session, claim, error=body))
         except OSError as error:
             return self._crash(claim, products.disk_error(error, f"cannot prepare the attempt under {self._settings.work_dir}"))
         return self._end(claim, lease, prepared, workdir, ending)
 
-    def _prepare(self, claim: Claim) -> inputs.Resolved | str:
+    def _prepare(self, claim: Claim, lease: LeaseKeeper) -> inputs.Resolved | str:
         """The stage's configuration, or how the attempt has ended already."""
-        with transaction(self._sessions) as session:
-            gathered = inputs.gather(session, claim)
+        gathered = self._ask(lease, lambda session: inputs.gather(session, claim))
         if gathered is None:
             return "stale"
         resolved = inputs.resolve(gathered, self._settings, self._storage)
-        if resolved.cache_key is None:
+        if (key := resolved.cache_key) is None:
             return resolved
-        with transaction(self._sessions) as session:
-            twin = inputs.find_twin(session, claim, resolved.cache_key)
+        twin = self._ask(lease, lambda session: inputs.find_twin(session, claim, key))
         if twin is None:
             return resolved
         try:
             self._storage.verify(str(twin.artifact_id))
-        except (NotFound, ArtifactDamaged) as error:
-            _log.warning("an equal job's artifact is not usable; running the stage", twin=twin.id, error=error.message)
+        except (NotFound, ArtifactDamaged, OSError) as error:
+            _log.warning("an equal job's artifact is not usable; running the stage", twin=twin.id, error=str(error))
             return resolved
-        return self._write("reused", lambda session: outcomes.reuse(session, claim, settings=self._settings, source=twin))
+        return self._write(lambda session: outcomes.reuse(session, claim, settings=self._settings, source=twin))
+
+    def _ask(self, lease: LeaseKeeper, read: Callable[[Session], T]) -> T:
+        """What ``read`` finds in one transaction; asked again while the database is away and the lease may still hold.
+
+        Raises:
+            SQLAlchemyError: the database stayed away for the whole lease, or until the worker was told to stop.
+        """
+        while True:
+            try:
+                with transaction(self._sessions) as session:
+                    return read(session)
+            except SQLAlchemyError as error:
+                if not is_away(error) or lease.gone:
+                    raise
+                _log.warning("the database is away; the attempt waits", error=str(error).splitlines()[0])
+                if self._stopping.wait(_AGAIN_SECONDS):
+                    raise
 
     def _supervise(self, claim: Claim, lease: LeaseKeeper, workdir: Path) -> Ending:
         """Start the stage and stay with it until it is dead; ends it when the lease, a user, the worker or a stall says so."""
@@ -140,6 +175,10 @@ class Supervisor:
                     beat = leases.record(session, claim, progress=book.progress, events=book.pending())
                 else:
                     beat = leases.check(session, claim)
+        except DataError as error:  # it will never be taken; the file still has it
+            _log.warning("progress dropped: the database does not take it", error=str(error).splitlines()[0])
+            book.written()
+            return
         except SQLAlchemyError as error:
             _log.warning("progress not written yet", error=str(error).splitlines()[0])
             return
@@ -162,23 +201,23 @@ class Supervisor:
             case "succeeded" if not lease.cancel_requested.is_set():
                 return self._publish(claim, resolved, workdir, ending)
             case "cancelled" | "succeeded":
-                return self._write("cancelled", lambda session: outcomes.cancel(session, claim, **told))
+                return self._write(lambda session: outcomes.cancel(session, claim, **told))
             case "failed":
-                return self._write("failed", lambda session: outcomes.fail(session, claim, error=ending.error, **told))
-            case "preempted":
-                return self._write("preempted", lambda session: outcomes.release(session, claim, reason=ending.error["message"], **told))
+                return self._write(lambda session: outcomes.fail(session, claim, error=ending.error, **told))
+            case "preempted" | "busy":
+                told |= {"reason": ending.error["message"], "wait_seconds": _BUSY_SECONDS if ending.outcome == "busy" else 0}
+                return self._write(lambda session: outcomes.release(session, claim, **told))
         if lease.outdated.is_set():
-            reason = "the database was away for longer than the lease"
-            return self._write("preempted", lambda session: outcomes.release(session, claim, reason=reason, **told))
+            return self._release(claim, **told)
         return self._crash(claim, ending.error, **told)
 
     def _publish(self, claim: Claim, resolved: inputs.Resolved, workdir: Path, ending: Ending) -> str:
         def fail(error: dict[str, Any]) -> str:
-            return self._write("failed", lambda session: outcomes.fail(session, claim, error=error, exit_code=0, log_tail=ending.log_tail))
+            return self._write(lambda session: outcomes.fail(session, claim, error=error, exit_code=0, log_tail=ending.log_tail))
 
         try:
             product = products.publish(self._storage, claim.kind, resolved, workdir, ending.result)
-            outcome = self._write("succeeded", lambda session: self._succeed(session, claim, product, ending))
+            outcome = self._write(lambda session: self._succeed(session, claim, product, ending))
         except ParamparaError as error:
             return fail(error.body()["error"])
         except OSError as error:
@@ -187,24 +226,34 @@ class Supervisor:
             products.clean(workdir)
         return outcome
 
-    def _succeed(self, session: Session, claim: Claim, product: products.Product, ending: Ending) -> bool:
+    def _succeed(self, session: Session, claim: Claim, product: products.Product, ending: Ending) -> str | None:
         told = {"result": product.result, "manifest": product.manifest, "output": product.output, "log_tail": ending.log_tail}
         return outcomes.succeed(session, claim, settings=self._settings, **told)
+
+    def _release(self, claim: Claim, **told: Any) -> str:
+        reason = "the database was away for longer than the lease"
+        return self._write(lambda session: outcomes.release(session, claim, reason=reason, **told))
 
     def _crash(self, claim: Claim, error: dict[str, Any], **told: Any) -> str:
         _log.warning("stage crashed", error=error["message"], exit_code=told.get("exit_code"))
         limit = self._settings.worker.max_crashes
-        return self._write("crashed", lambda session: outcomes.crash(session, claim, error=error, max_crashes=limit, **told))
+        return self._write(lambda session: outcomes.crash(session, claim, error=error, max_crashes=limit, **told))
 
-    def _write(self, outcome: str, write: Callable[[Session], bool]) -> str:
-        """Write an end in one transaction, for as long as the database is away; it is guarded, so late is never wrong."""
+    def _write(self, write: Callable[[Session], str | None]) -> str:
+        """Write an end in one transaction, for as long as the database is away; it is guarded, so late is never wrong.
+
+        Raises:
+            SQLAlchemyError: the database is there and refuses what was to be written.
+        """
         while True:
             try:
                 with transaction(self._sessions) as session:
-                    return outcome if write(session) else "stale"
-            except OperationalError as error:
+                    return write(session) or "stale"
+            except SQLAlchemyError as error:
+                if not is_away(error):
+                    raise
                 _log.warning("the end of the attempt is not written yet", error=str(error).splitlines()[0])
-                if self._stopping.wait(1.0):
+                if self._stopping.wait(_AGAIN_SECONDS):
                     return "stale"  # the lease runs out and another worker goes on from the checkpoint
 
 

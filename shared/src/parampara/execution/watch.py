@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from parampara.db.storable import storable
 
 _LONGEST_MESSAGE = 2000
 
@@ -32,10 +35,10 @@ class ProgressTail:
         for line in lines:
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(record, dict):
-                yield record
+                yield storable(record)
 
 
 class ProgressBook:
@@ -53,15 +56,22 @@ class ProgressBook:
         self.changed = False
 
     def fold(self, record: dict[str, Any]) -> None:
+        """Take in one line; one that lacks what its type has to have is passed over."""
+        try:
+            self._fold(record)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            return
         self.changed = True
+
+    def _fold(self, record: dict[str, Any]) -> None:
         match record.get("type"):
             case "phase":
                 self._phase(str(record["phase"]))
             case "step":
-                self._step(float(record["t"]), int(record["step"]), int(record["total"]), record.get("metrics") or {})
+                self._step(float(record["t"]), int(record["step"]), int(record["total"]), dict(record.get("metrics") or {}))
             case "event":
                 level = record.get("level") if record.get("level") in ("info", "warn", "error") else "info"
-                self._event("message", str(level), str(record.get("message", "")), record.get("data") or {})
+                self._event("message", str(level), str(record.get("message", "")), dict(record.get("data") or {}))
 
     def pending(self) -> list[dict[str, Any]]:
         """Events to write, in order; they stay pending until :meth:`written`."""
@@ -88,7 +98,7 @@ class ProgressBook:
             "step": step,
             "total": total,
             "metrics": shown,
-            "eta_seconds": None if eta is None else round(eta, 1),
+            "eta_seconds": round(eta, 1) if eta is not None and math.isfinite(eta) else None,
             "best_step": best,
         }
         self._points.append({"step": step, "metrics": metrics})

@@ -17,10 +17,11 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from parampara.db.session import make_engine, make_sessions, transaction
-from parampara.execution import doorbell, leases
+from parampara.db.session import is_away, make_engine, make_sessions, transaction
+from parampara.execution import doorbell, leases, metrics
 from parampara.execution.supervisor import Supervisor
 from parampara.settings import Settings, get_settings
+from parampara.storage import LocalStorage
 from parampara.telemetry import configure_logging, get_logger, start_metrics_server
 
 _log = get_logger(__name__)
@@ -35,6 +36,7 @@ class Worker:
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._supervisor = Supervisor(settings, sessions, service=service, stopping=self.stopping)
         self._busy = threading.Lock()
+        self._polling: threading.Thread | None = None
 
     def offer(self, job_id: str | None = None) -> int:
         """Work on ``job_id`` (None: on any job), then on whatever else is queued; returns how many attempts were made.
@@ -51,21 +53,39 @@ class Worker:
                 made, job_id = made + 1, None
             return made
         except SQLAlchemyError as error:
+            if not is_away(error):
+                raise
             _log.warning("database is away; trying again", error=str(error).splitlines()[0])
             return 0
         finally:
             self._busy.release()
 
+    def start_polling(self) -> None:
+        """Start the thread that polls; not only when Celery is ready, for it never is while the broker is away."""
+        self._polling = threading.Thread(target=self.poll, name="poll")
+        self._polling.start()
+
+    def stop(self) -> None:
+        """Give the job back and end the thread that polls."""
+        self.stopping.set()
+        if self._polling is not None:
+            self._polling.join()
+
     def poll(self) -> None:
         """Look into the table every ``poll_seconds`` until the worker stops."""
         while not self.stopping.is_set():
-            self.offer()
+            try:
+                self.offer()
+            except Exception:  # noqa: BLE001 - the boundary of the worker: it takes the next job, whatever this one did
+                _log.exception("unexpected error in the worker")
             self.stopping.wait(self._settings.worker.poll_seconds * random.uniform(0.8, 1.2))  # so that workers do not march in step
 
     def faults(self) -> list[str]:
         """What keeps this worker from taking jobs now."""
         if self.stopping.is_set():
             return ["stopping"]
+        if self._polling is not None and not self._polling.is_alive():
+            return ["the thread that polls for jobs has ended; restart this worker"]
         try:
             with transaction(self._sessions) as session:
                 session.execute(text("SELECT 1"))
@@ -75,7 +95,7 @@ class Worker:
 
     def _take(self, job_id: str | None) -> leases.Claim | None:
         limits = self._settings.worker
-        return leases.take(
+        claim = leases.take(
             self._sessions,
             queue=self._queue,
             worker=self._name,
@@ -83,6 +103,8 @@ class Worker:
             max_crashes=limits.max_crashes,
             job_id=job_id,
         )
+        metrics.sign_of_life()
+        return claim
 
 
 def serve(service: str, queue: str) -> int:
@@ -93,15 +115,13 @@ def serve(service: str, queue: str) -> int:
     app = doorbell.make_app(settings)
     worker = Worker(settings, make_sessions(engine), app, service=service, queue=queue)
     if settings.worker.metrics_port is not None:
-        start_metrics_server(settings.worker.metrics_port, ready=worker.faults)
-    # not when Celery is ready: it never is while the broker is away
-    poll = threading.Thread(target=worker.poll, name="poll")
-    poll.start()
+        start_metrics_server(settings.worker.metrics_port, host=settings.worker.metrics_host, ready=worker.faults)
+    LocalStorage(settings.artifacts_dir).sweep()
+    worker.start_polling()
     try:
         _consume(app, worker, queue)
     finally:
-        worker.stopping.set()
-        poll.join()
+        worker.stop()
         engine.dispose()
     return 0
 

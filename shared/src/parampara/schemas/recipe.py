@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 
 from parampara.errors import InvalidRequest
 from parampara.plain_yaml import read_yaml
+from parampara.schemas.metrics import METRICS, is_reported
 from parampara.schemas.stages import (
     DaptParams,
     DeployParams,
@@ -53,9 +54,24 @@ def parse_recipe(data: Any, *, param: str = "recipe") -> Recipe:
     if not isinstance(data, dict):
         raise InvalidRequest(f"A recipe is a mapping of keys, not {type(data).__name__}.", param=param)
     try:
-        return Recipe.model_validate(data, strict=True)  # "16" and true are not numbers
+        recipe = Recipe.model_validate(data, strict=True)  # "16" and true are not numbers
     except ValidationError as error:
         raise invalid(error, param=param) from None
+    _check_gates(recipe, param)
+    return recipe
+
+
+def _check_gates(recipe: Recipe, param: str) -> None:
+    """A gate on a metric that nobody measures can never pass."""
+    formats = recipe.stages.evaluate.formats
+    for position, gate in enumerate(recipe.gates):
+        if not is_reported(gate.metric, formats=formats):
+            known = ", ".join(METRICS)
+            raise InvalidRequest(
+                f"{param}.gates.{position}.metric: no evaluation reports {gate.metric!r}. Known: {known}; <name> is a key of "
+                f"{param}.stages.evaluate.formats ({', '.join(formats) or 'none'}).",
+                param=f"{param}.gates.{position}.metric",
+            )
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -9,10 +9,11 @@ live in it); the product is written to ``workdir / "output"`` aside and renamed 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Kind = Literal["dapt", "sft", "merge", "quantize", "evaluate", "deploy", "ingest"]
 ArtifactKind = Literal["dataset", "adapter", "merged_model", "quantized_model", "report"]
@@ -26,13 +27,22 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
+def _regular_expression(text: str) -> str:
+    try:
+        re.compile(text, re.MULTILINE)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return text
+
+
 class LoraParams(Strict):
     """Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685): W + (alpha / r) B A."""
 
     r: Annotated[int, Field(ge=1, le=512)] = 16
     lora_alpha: Annotated[float, Field(gt=0, le=4096)] = 32
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    target_modules: Annotated[list[str], Field(min_length=1)] = LINEAR_PROJECTIONS
+    target_modules: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*$")]], Field(min_length=1)] = LINEAR_PROJECTIONS
+    """Ends of module names, e.g. ``q_proj`` or ``self_attn.q_proj``."""
     use_rslora: bool = False
 
 
@@ -97,7 +107,9 @@ class EvaluateParams(Strict):
     max_questions: Annotated[int, Field(ge=1)] = 200
     max_chunks: Annotated[int, Field(ge=1)] = 64
     parity_prompts: Annotated[int, Field(ge=1)] = 16
-    formats: dict[str, str] = {}
+    formats: dict[
+        Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")], Annotated[str, Field(max_length=1000), AfterValidator(_regular_expression)]
+    ] = {}
     """Name to regular expression; the rate of answers that match is reported as ``format.<name>``."""
 
 
@@ -165,7 +177,6 @@ class TrainResult(Strict):
     """Fingerprint of the weights the adapter was trained on (:func:`parampara.storage.weights_fingerprint`)."""
     dtype: Dtype
     optimizer: str = ""
-    """The one that ran; on a CPU another than the configured one may have stood in (an event says so)."""
     steps: int
     epochs: float
     trained_tokens: int
@@ -272,12 +283,7 @@ class EvaluateResult(Strict):
 
     output: Path
     metrics: dict[str, float]
-    """Flat names (fractions, not per cent). ``<model>`` is base, dapt, sft or quantized, ``<transition>`` dapt, merged or quantized:
-    ``perplexity.<model>``, ``validation_loss.<model>``, ``dapt.perplexity_reduction``, ``dapt.loss.before|after``,
-    ``sft.validation_loss.before|after``, ``exact.<model>``, ``exact.kind.<kind>``, ``exact.language.<language>``, ``format.<name>``,
-    ``language.english|hinglish``, ``language.reference.english|hinglish``, ``quantize.perplexity_increase|exact_change|same_answer``,
-    ``parity.<transition>.kl|top1|greedy_match|greedy_prefix|recovered|chat_template|generation_config``,
-    ``parity.merged.base_kl|differs_from_base``, ``size.base_bytes|merged_bytes|quantized_bytes``."""
+    """By flat names, those of :data:`parampara.schemas.metrics.METRICS`."""
     gates: list[GateResult]
     decision: Literal["promote", "hold", "fail"]
     samples: list[Sample] = []

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from parampara.errors import Diverged, InvalidData, OutOfMemory, Preempted
+from parampara.errors import Diverged, InvalidData, OutOfMemory, Preempted, WorkdirBusy
 from parampara.execution import stop
 from parampara.progress import Progress
 from parampara.schemas.stages import (
@@ -125,17 +125,19 @@ def _train(orders: dict[str, Any], config: DaptConfig | SftConfig, workdir: Path
             raise Preempted(f"stopped after step {step - 1}")
         time.sleep(orders["seconds"])
         if step == orders.get("at"):
-            _end(orders["exit"])
+            _end(orders["exit"], orders.get("says", ""))
         with (workdir / "trace.jsonl").open("a") as trace:
             trace.write(json.dumps([os.getpid(), time.monotonic(), step]) + "\n")
         write_atomically(checkpoint, str(step).encode())
         if not orders.get("silent"):
             progress.step(step, orders["steps"], loss=1 / step)
+        if "says" in orders:
+            progress.event(orders["says"], said=orders["says"])
     output = _write(workdir, {"adapter.txt": f"{config.kind} {orders['steps']} steps, seed {config.seed}"})
     return TrainResult(
         output=output,
         backend="trl",
-        backend_reason="double",
+        backend_reason=orders.get("says", "double"),
         base_sha256="0",
         dtype="float32",
         steps=orders["steps"],
@@ -154,7 +156,7 @@ def _train(orders: dict[str, Any], config: DaptConfig | SftConfig, workdir: Path
     )
 
 
-def _end(how: str) -> None:
+def _end(how: str, says: str) -> None:
     match how:
         case "crash":
             raise RuntimeError("a bug in the stage")
@@ -163,7 +165,11 @@ def _end(how: str) -> None:
         case "diverged":
             raise Diverged("the loss is not finite at step 5; lower the learning rate")
         case "refuse":
-            raise InvalidData("row 3 has no question", param="datasets.qa")
+            raise InvalidData(f"row 3 has no question{says}", param="datasets.qa")
+        case "busy":
+            raise WorkdirBusy("process 7 still works here")
+        case "preempted":
+            raise Preempted("stopped by itself")
         case "memory":
             raise OutOfMemory("out of memory at micro-batch 1")
 

@@ -77,17 +77,17 @@ def list_events(
     return events.list_events(session, run_id=run_id, after=after, limit=limit, order=order)
 
 
-def _start(session: SessionDep, run_id: str, last_event_id: Annotated[str | None, Header()] = None, after: After = None) -> int:
+def _start(session: SessionDep, run_id: str, last_event_id: Annotated[str | None, Header()] = None, after: After = None) -> events.Place:
     """Checked before the stream opens, so that a wrong id is a 404 and not an empty stream."""
     runs.get_row(session, run_id)
     if last_event_id:
-        return events.number(last_event_id, param="Last-Event-ID")
-    return events.number(after, param="after") if after else 0
+        return events.place(session, last_event_id, param="Last-Event-ID")
+    return events.place(session, after, param="after") if after else events.START
 
 
 @router.get("/{run_id}/events/stream", summary="Follow a run", response_class=EventSourceResponse)
 async def stream_events(
-    request: Request, sessions: SessionsDep, run_id: str, start: Annotated[int, Depends(_start, scope="function")]
+    request: Request, sessions: SessionsDep, run_id: str, start: Annotated[events.Place, Depends(_start, scope="function")]
 ) -> AsyncIterator[ServerSentEvent]:
     """Server-sent events: the history from `Last-Event-ID` (or `after`) on, then each event as it happens, a comment every
     15 s of silence, and the end of the stream once the run has ended and everything was told."""

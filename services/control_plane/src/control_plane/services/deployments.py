@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
@@ -25,6 +27,8 @@ _DIGEST_DIGITS = 12
 def create(session: Session, settings: Settings, request: DeploymentCreate) -> DeploymentObject:
     """Queue a deploy job. The alias moves only when the model has answered; until then the one before goes on serving.
 
+    What ``params`` leaves open is taken from the recipe that made the model, as its own run would have deployed it.
+
     Raises:
         NotFound: no such model or artifact.
         InvalidRequest: the artifact is not a complete model, or ``params.alias`` says something else than ``alias``.
@@ -36,7 +40,9 @@ def create(session: Session, settings: Settings, request: DeploymentCreate) -> D
             f"params.alias is {params.alias!r} but alias is {request.alias!r}; leave params.alias out.", param="params.alias"
         )
     model = _model(session, request.model) if request.model is not None else _registered(session, settings, str(request.artifact_id))
-    return _enqueue(session, model, params.model_copy(update={"alias": request.alias, "replace": request.replace or params.replace}))
+    given = params.model_dump(exclude_unset=True)
+    told = {"alias": request.alias, "replace": request.replace or params.replace}
+    return _enqueue(session, model, DeployParams.model_validate({**_recipe_params(session, model), **given, **told}))
 
 
 def rollback(session: Session, name: str, *, replace: bool) -> DeploymentObject:
@@ -98,6 +104,12 @@ def _enqueue(session: Session, model: Model, params: DeployParams) -> Deployment
     session.flush()
     session.refresh(row)
     return show(row, _active(session))
+
+
+def _recipe_params(session: Session, model: Model) -> dict[str, Any]:
+    """The stage ``deploy`` of the recipe that made ``model``; nothing where that is not known."""
+    run = session.get(Run, model.run_id) if model.run_id else None
+    return dict((run.recipe["stages"].get("deploy") if run else None) or {})
 
 
 def _model(session: Session, name: str) -> Model:

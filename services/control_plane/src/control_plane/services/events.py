@@ -5,66 +5,79 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 
-from sqlalchemy import Select, func, select, text
+from sqlalchemy import BigInteger, Select, Text, cast, func, select, tuple_
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
 from parampara.db.models import Event, Run
 from parampara.db.session import transaction
-from parampara.errors import InvalidRequest
+from parampara.errors import InvalidRequest, NotFound
 from parampara.schemas.api import EventObject, Order, Page, unix
 
 TERMINAL = ("succeeded", "failed", "cancelled")
 POLL_SECONDS = 0.5
 _BATCH = 500
 _ID = re.compile(r"(?:evt_)?([0-9]{1,18})")
+_order = tuple_(Event.xid, Event.id)
+_settled = Event.xid < cast(cast(func.pg_snapshot_xmin(func.pg_current_snapshot()), Text), BigInteger)
+"""No transaction that is open now, or begins later, has a lower number."""
+
+
+Place = tuple[int, int]
+"""Of an event among all: (number of the transaction that wrote it, id)."""
+START: Place = (0, 0)
 
 
 def list_events(
     session: Session, *, run_id: str | None = None, job_id: str | None = None, after: str | None, limit: int, order: Order
 ) -> Page[EventObject]:
+    """One page of what is visible now. Only :func:`tail` is sure to tell everything of a run that goes on."""
     query = _of(run_id, job_id)
     if after is not None:
-        place = number(after, param="after")
-        query = query.where(Event.id > place if order == "asc" else Event.id < place)
-    rows = list(session.scalars(query.order_by(Event.id.asc() if order == "asc" else Event.id.desc()).limit(limit + 1)))
+        bound = tuple_(*place(session, after, param="after"))
+        query = query.where(_order > bound if order == "asc" else _order < bound)
+    direction = (Event.xid.asc(), Event.id.asc()) if order == "asc" else (Event.xid.desc(), Event.id.desc())
+    rows = list(session.scalars(query.order_by(*direction).limit(limit + 1)))
     data = [show(row) for row in rows[:limit]]
     return Page(data=data, has_more=len(rows) > limit, first_id=data[0].id if data else None, last_id=data[-1].id if data else None)
 
 
-async def tail(sessions: sessionmaker[Session], run_id: str, *, after: int, stopping: Callable[[], bool]) -> AsyncIterator[EventObject]:
-    """Events of a run after ``after``, as they are committed, until the run has ended and all of them were told.
+async def tail(sessions: sessionmaker[Session], run_id: str, *, after: Place, stopping: Callable[[], bool]) -> AsyncIterator[EventObject]:
+    """Events of a run after a place, until the run has ended and all of them were told: each once, also to a client that comes
+    back with the last id it has seen.
 
-    Ids are handed out before COMMIT, so a lower one may become visible after a higher one: the newest ten seconds are read
-    again each time, and what was told already is left out.
+    An event is told when no transaction older than its own is open any more, so that nothing can come before it later.
     """
-    floor, told = after, set[int]()
     while not stopping():
-        rows, state, settled = await run_in_threadpool(_poll, sessions, run_id, floor)
-        for row in rows:
-            if row.id not in told:
-                told.add(row.id)
-                yield show(row)
-        full = len(rows) == _BATCH
-        if not full and state in (None, *TERMINAL):
+        batch = await run_in_threadpool(_poll, sessions, run_id, after)
+        for row in batch.events:
+            after = (row.xid, row.id)
+            yield show(row)
+        if batch.more:
+            continue
+        if not batch.held_back and batch.state in (None, *TERMINAL):
             return
-        floor = max(floor, rows[-1].id if full else settled or floor)
-        told = {known for known in told if known > floor}
-        if not full:
-            await asyncio.sleep(POLL_SECONDS)
+        await asyncio.sleep(POLL_SECONDS)
 
 
-def number(event_id: str, *, param: str) -> int:
-    """The place of an event in the order of all.
+def place(session: Session, event_id: str, *, param: str) -> Place:
+    """Where an event stands in the order of all; ``0`` is before the first.
 
     Raises:
         InvalidRequest: not the id of an event.
+        NotFound: no such event.
     """
     match = _ID.fullmatch(event_id)
     if match is None:
         raise InvalidRequest(f"{param}: {event_id[:80]!r} is not the id of an event (evt_<number>).", param=param)
-    return int(match[1])
+    if (number := int(match[1])) == 0:
+        return START
+    xid = session.scalar(select(Event.xid).where(Event.id == number))
+    if xid is None:
+        raise NotFound(f"{param}: there is no event evt_{number}.", param=param)
+    return xid, number
 
 
 def show(row: Event) -> EventObject:
@@ -83,13 +96,24 @@ def show(row: Event) -> EventObject:
     )
 
 
-def _poll(sessions: sessionmaker[Session], run_id: str, floor: int) -> tuple[list[Event], str | None, int | None]:
-    """Events above ``floor``, the run's state (None: deleted), and the newest id that no running transaction can undercut."""
+@dataclass(frozen=True)
+class _Batch:
+    events: list[Event]
+    state: str | None
+    """The run's; None: it was deleted."""
+    more: bool
+    held_back: bool
+    """Further events are there, but an older transaction is still open."""
+
+
+def _poll(sessions: sessionmaker[Session], run_id: str, after: Place) -> _Batch:
     with transaction(sessions) as session:
         state = session.scalar(select(Run.state).where(Run.id == run_id))  # before the events: none of an ended run is missed
-        rows = list(session.scalars(_of(run_id, None).where(Event.id > floor).order_by(Event.id).limit(_BATCH)))
-        old = _of(run_id, None).with_only_columns(func.max(Event.id)).where(Event.created_at < func.now() - text("interval '10 seconds'"))
-        return rows, state, session.scalar(old)
+        query = _of(run_id, None).add_columns(_settled).where(_order > tuple_(*after)).order_by(Event.xid, Event.id).limit(_BATCH)
+        rows = session.execute(query).tuples().all()
+    events = [event for event, settled in rows if settled]  # the first ones: they are ordered by transaction
+    held_back = len(events) < len(rows)
+    return _Batch(events, state, more=len(rows) == _BATCH and not held_back, held_back=held_back)
 
 
 def _of(run_id: str | None, job_id: str | None) -> Select[Event]:

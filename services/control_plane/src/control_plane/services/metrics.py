@@ -24,8 +24,8 @@ def of_job(session: Session, settings: Settings, job: Job, *, points: int) -> Jo
     if path.is_file():
         data, origin = collect(_file_records(path)), "progress"
     else:
-        rows = session.scalars(select(Event).where(Event.job_id == source, Event.type == "metrics").order_by(Event.id))
-        data, origin = collect({"type": "step", "t": row.created_at.timestamp(), **row.data} for row in rows), "events"
+        rows = session.scalars(select(Event).where(Event.job_id == source, Event.type.in_(("message", "metrics"))).order_by(Event.id))
+        data, origin = collect(record for row in rows for record in _event_records(row)), "events"
     return JobMetrics.model_validate({"job_id": job.id, "source": origin if data else "none", "data": thin(data, points)})
 
 
@@ -49,12 +49,22 @@ def thin(points: list[MetricPoint], limit: int) -> list[MetricPoint]:
     return [points[round(index * (len(points) - 1) / (limit - 1))] for index in range(limit)]
 
 
+def _event_records(event: Event) -> Iterator[dict[str, Any]]:
+    """An event as the lines of the progress file that :class:`parampara.execution.watch.ProgressBook` made it from."""
+    if event.type == "message":
+        if event.data == {"phase": event.message}:
+            yield {"type": "phase", "phase": event.message}
+        return
+    for point in event.data.get("points", []):
+        yield {"type": "step", "t": event.created_at.timestamp(), "total": event.data.get("total"), **point}
+
+
 def _file_records(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:  # the line that is being written, or the last one before a kill
+            except ValueError:  # the line that is being written, or the last one before a kill
                 continue
             if isinstance(record, dict):
                 yield record

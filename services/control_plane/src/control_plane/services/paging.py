@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from sqlalchemy import Select, tuple_
+from sqlalchemy import Select, select, tuple_
 from sqlalchemy.orm import Session
 
 from parampara.errors import NotFound
@@ -32,9 +32,10 @@ def page(
         NotFound: no object has the id ``after``.
     """
     if after is not None:
-        cursor = session.execute(query.with_only_columns(created, key, maintain_column_froms=True).where(key == after)).one_or_none()
+        # without the query's filter: the object may have left the list since the page before
+        cursor = session.execute(select(created, key).where(key == after)).one_or_none()
         if cursor is None:
-            raise NotFound(f"after: there is no object {after!r} in this list.", param="after")
+            raise NotFound(f"after: there is no object {after!r}.", param="after")
         place, bound = tuple_(created, key), tuple_(*cursor)
         query = query.where(place > bound if order == "asc" else place < bound)
     direction = (created.asc(), key.asc()) if order == "asc" else (created.desc(), key.desc())

@@ -9,7 +9,7 @@ import importlib.util
 from pathlib import Path
 
 from quantizer.backends import SchemeUnavailable
-from quantizer.checkpoint import copy_companions, read_config
+from quantizer.checkpoint import copy_companions, read_config, stored_dtype
 
 
 def write(model: Path, output: Path) -> None:
@@ -26,10 +26,9 @@ def write(model: Path, output: Path) -> None:
     from bitsandbytes.nn.modules import Linear8bitLt
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    stored = read_config(model).get("dtype") or read_config(model).get("torch_dtype")
     quantized = AutoModelForCausalLM.from_pretrained(
         model,
-        dtype=torch.bfloat16 if stored == "bfloat16" else torch.float16,
+        dtype=torch.bfloat16 if stored_dtype(read_config(model)) == "bfloat16" else torch.float16,
         device_map={"": 0 if torch.cuda.is_available() else "cpu"},
         quantization_config=BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"]),
         local_files_only=True,

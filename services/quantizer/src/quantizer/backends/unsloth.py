@@ -24,7 +24,7 @@ from pathlib import Path
 from parampara.errors import Preempted
 from parampara.execution import stop
 from quantizer.backends import SchemeUnavailable
-from quantizer.checkpoint import copy_companions
+from quantizer.checkpoint import copy_companions, read_config, stored_dtype
 
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 5.0
@@ -94,7 +94,9 @@ def _export(model: str, output: str, save_method: str) -> None:
     if torch.cuda.is_available() and not os.environ.get("UNSLOTH_COMPRESSED_QUANTIZE_PYTHONPATH"):
         # Unsloth's own check, made before gigabytes of weights are loaded for nothing
         importlib.import_module("unsloth.save").install_llm_compressor(install_missing_dependencies=False)
-    loaded, tokenizer = unsloth.FastLanguageModel.from_pretrained(model, load_in_4bit=False, local_files_only=True)
+    # in the stored type: left to itself, Unsloth takes bfloat16 where the GPU has it, which drops three bits of a float16 weight
+    dtype = getattr(torch, stored_dtype(read_config(Path(model))))
+    loaded, tokenizer = unsloth.FastLanguageModel.from_pretrained(model, dtype=dtype, load_in_4bit=False, local_files_only=True)
     merged = f"{Path(output).name}-16bit"
     loaded.save_pretrained_merged(merged, tokenizer, save_method=save_method, install_missing_dependencies=False)
     written = [path for path in Path.cwd().glob(f"{merged}-*") if (path / "config.json").is_file()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -74,6 +75,12 @@ def _module(name: Name) -> Backend:
     return importlib.import_module(f"trainer.backends.{name}")  # type: ignore[return-value]
 
 
+def _has_c_compiler() -> bool:
+    """Looked for as Triton looks (triton.runtime.build): ``CC``, else gcc or clang."""
+    wanted = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    return any(shutil.which(name) for name in wanted)
+
+
 def _start_unsloth(cache: Path) -> str | None:
     """Import Unsloth, confined: generated code below ``cache``, no compiler, no statistics. Return why it failed, or None."""
     import torch
@@ -82,6 +89,8 @@ def _start_unsloth(cache: Path) -> str | None:
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     if not torch.cuda.is_available():
         os.environ["UNSLOTH_COMPILE_DISABLE"] = "1"  # torch.compile on a CPU wants a C++ compiler, which users need not have
+    elif not _has_c_compiler():
+        return "no C compiler, which Triton needs for its kernels"  # it would crash at the first of them, with the model loaded
     try:
         importlib.import_module("unsloth")
     except (ImportError, NotImplementedError, RuntimeError, OSError, AttributeError, AssertionError) as error:

@@ -1,0 +1,46 @@
+"""The names of the metrics that an evaluation reports, which are those that a gate may name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+METRICS = (
+    "perplexity.<model>",
+    "validation_loss.<model>",
+    "dapt.perplexity_reduction",
+    "dapt.loss.before|after",
+    "sft.validation_loss.before|after",
+    "sft.perplexity_change",
+    "exact.<model>",
+    "exact.kinds_mean",
+    "exact.kind.<kind>",
+    "exact.language.<language>",
+    "format.<name>",
+    "language.english|hinglish",
+    "language.reference.english|hinglish",
+    "quantize.perplexity_increase|exact_change|same_answer",
+    "parity.<transition>.kl|top1|greedy_match|greedy_prefix|recovered|chat_template|generation_config",
+    "parity.merged.base_kl|differs_from_base",
+    "size.base_bytes|merged_bytes|quantized_bytes",
+)
+"""Fractions, not per cent. ``kind`` and ``language`` are those of the questions, ``name`` is one of ``params.formats``."""
+
+_PLACES = {"<model>": "base|dapt|sft|quantized", "<transition>": "dapt|merged|quantized"}
+_ANY = "[a-z0-9_]+"
+
+
+def is_reported(metric: str, *, formats: Collection[str] | None = None) -> bool:
+    """Whether an evaluation can report this metric; ``formats`` are the names that ``format.<name>`` may have (None: any)."""
+    group, _, name = metric.partition(".")
+    if group == "format" and formats is not None:
+        return name in formats
+    return any(pattern.fullmatch(metric) for pattern in _PATTERNS)
+
+
+def _pattern(documented: str) -> re.Pattern[str]:
+    parts = [_PLACES.get(part, _ANY) if part.startswith("<") else part for part in documented.split(".")]
+    return re.compile(r"\.".join(f"(?:{part})" for part in parts))
+
+
+_PATTERNS = [_pattern(documented) for documented in METRICS]
