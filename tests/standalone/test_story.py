@@ -14,7 +14,7 @@ from standalone.demo.story import check_answer, run_demo
 from standalone.places import Places
 
 
-def answered(*, model: str = "ft:tiny:org:kp:1", cited: tuple[bool, ...] = (False, True)) -> Answer:
+def answered(*, model: str = "ft:tiny:org:kp:1", cited: tuple[bool, ...] = (False, True), matches: bool | None = None) -> Answer:
     return Answer(
         question=Question(text="Who rules Ashwini?"),
         text="Answer: Ketu",
@@ -22,11 +22,16 @@ def answered(*, model: str = "ft:tiny:org:kp:1", cited: tuple[bool, ...] = (Fals
         citations=[Citation(marker="[1]", title="stars.txt", text="", cited=value) for value in cited],
         seconds=1,
         first_token_seconds=1,
+        matches=matches,
     )
 
 
 def test_an_answer_of_this_runs_model_that_cites_a_passage_is_accepted() -> None:
     check_answer(answered(), model="ft:tiny:org:kp:1")
+
+
+def test_a_wrong_answer_stands_in_no_passage_and_needs_no_citation() -> None:
+    check_answer(answered(cited=(False, False), matches=False), model="ft:tiny:org:kp:1")
 
 
 def demo(tmp_path: Path, *, deploy: str) -> int:
@@ -56,7 +61,8 @@ def test_a_demo_that_fails_leaves_no_report_of_an_earlier_one(tmp_path: Path) ->
     ("answer", "code"),
     [
         (answered(model="ft:tiny:org:kp:0"), "wrong_model"),
-        (answered(cited=()), "not_cited"),
+        (answered(cited=(), matches=False), "no_passages"),
+        (answered(cited=(False,), matches=True), "not_cited"),
         (answered(cited=(False, False)), "not_cited"),
     ],
 )

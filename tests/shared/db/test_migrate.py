@@ -55,6 +55,13 @@ def test_what_is_missing_is_told_until_the_schema_is_there(database_url: str) ->
     assert "does not answer" in str(migrate.missing("postgresql+psycopg://x@127.0.0.1:9/x"))
 
 
+def test_a_database_that_refuses_is_told_with_the_setting(capsys) -> None:
+    assert migrate.main(["postgresql+psycopg://x:secret@127.0.0.1:9/x"]) == 1
+    said = capsys.readouterr().err
+    assert "PARAMPARA_DATABASE__URL" in said
+    assert "secret" not in said
+
+
 def test_a_newer_schema_keeps_nobody_waiting(database_url: str) -> None:
     """An older version that is started again while a newer one is rolled out works on instead of waiting for ever."""
     with psycopg.connect(database_url.replace("+psycopg", "")) as connection:

@@ -19,7 +19,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from parampara.db.models import Base
@@ -117,7 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     url = given.url or get_settings().database.url
     if not given.wait:
-        upgrade(url)
+        try:
+            upgrade(url)
+        except OperationalError as error:
+            print(f"cannot migrate: {error.orig}; is PARAMPARA_DATABASE__URL right?", file=sys.stderr)
+            return 1
         return 0
     told = None
     while (reason := missing(url)) is not None:

@@ -175,15 +175,19 @@ def _ask(platform: Platform, question: Question, run: dict[str, Any], console: C
 
 
 def check_answer(answer: Answer, *, model: str) -> None:
-    """Insist that the model this run made has answered, and that the answer cites a passage.
+    """Insist that the model this run made has answered from retrieved passages, and that a right answer cites one.
+
+    What differs from the computed fact stands in no passage, so it may be left without a citation; it is shown as wrong.
 
     Raises:
-        UpstreamFailed: another model did, or passages were retrieved but none of them says what was answered.
+        UpstreamFailed: another model has answered, nothing was retrieved, or none of the passages says what was answered.
     """
     asked = repr(answer.question.text)
     if answer.model != model:
         raise UpstreamFailed(f"{asked} was answered by {answer.model}, not by the model of this run ({model}).", code="wrong_model")
-    if not any(citation.cited for citation in answer.citations):
+    if not answer.citations:
+        raise UpstreamFailed(f"{asked} was answered without a passage of the knowledge base.", code="no_passages")
+    if answer.matches is not False and not any(citation.cited for citation in answer.citations):
         message = f"{asked} was answered, but neither the model nor the gateway found a passage that says so."
         raise UpstreamFailed(message, code="not_cited")
 
