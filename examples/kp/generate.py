@@ -2,7 +2,7 @@
 
 Makes ``train.jsonl`` and ``heldout.jsonl`` in the form that the platform takes (``{"messages": [...], "metadata": {...}}``),
 the same bytes on every machine. Of each fact one way of asking is held out: a held-out question is a new pairing of a fact
-and a phrasing that training has both seen, but never together. About an eighth of the rows are open-book: passages of the
+and a phrasing that training has both seen, but never together. About a ninth of the rows are open-book: passages of the
 books stand in the system message in the platform's own retrieval form, and the rule cites the passage that holds it.
 """
 

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-QUICK = {"dapt": {"epochs": 1, "max_steps": 8}, "sft": {"epochs": 1, "max_steps": 150}}
+QUICK = {"dapt": {"epochs": 1, "max_steps": 8}, "sft": {"epochs": 1, "max_steps": 250}}
 GATES = [
     {"metric": "parity.dapt.top1", "min": 0.99, "action": "fail"},
     {"metric": "parity.merged.top1", "min": 0.99, "action": "fail"},

@@ -106,9 +106,9 @@ def test_answers_are_the_computed_facts():
     assert checked > 40
 
 
-def test_about_an_eighth_is_open_book_and_cites_the_passage_that_holds_the_rule():
+def test_about_a_ninth_is_open_book_and_cites_the_passage_that_holds_the_rule():
     opened = [row for row in SPLIT["train"] if "open_book" in row["metadata"]]
-    assert 0.10 < len(opened) / len(SPLIT["train"]) < 0.18
+    assert 0.10 < len(opened) / len(SPLIT["train"]) < 0.13
     evidence = {(fact.kind, answer_text(fact, language)): fact.evidence
                 for kind in KINDS.values() for fact in kind.facts() for language in ("english", "hinglish")}  # fmt: skip
     cited = 0
