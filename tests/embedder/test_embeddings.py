@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 
 from embedder.app import create_app
 from embedder.model import SentenceEncoder, bundled_model_dir
+from parampara.errors import InvalidRequest
 from parampara.settings import Settings
 
 MODEL = "all-minilm-l6-v2"
@@ -138,3 +139,11 @@ def _through(client: TestClient) -> Any:
         return httpx2.Response(answer.status_code, content=answer.content, headers={"content-type": answer.headers["content-type"]})
 
     return httpx2.Client(transport=httpx2.MockTransport(handle))
+
+
+@pytest.mark.parametrize(("name", "value"), [("model", "no-such-model"), ("dimensions", 1024)])
+def test_a_model_that_is_not_here_is_refused_at_start(name: str, value: object) -> None:
+    settings = Settings()
+    settings.embedder = settings.embedder.model_copy(update={name: value})
+    with pytest.raises(InvalidRequest, match=rf"PARAMPARA_EMBEDDER__{name.upper()} is {value!r}.*PARAMPARA_GATEWAY__EMBEDDER_URL"):
+        create_app(settings)

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import redis
+import structlog
 from sqlalchemy import func, select, update
 
 from parampara.db.models import Attempt, Job, Outbox
 from parampara.db.session import transaction
 from parampara.execution import inputs, metrics
-from parampara.execution.doorbell import TASK, make_app, prune, ring
+from parampara.execution.doorbell import TASK, greet, make_app, prune, ring
 from parampara.execution.reconciler import reconcile_once
 from parampara.execution.worker import Worker
 
@@ -235,3 +236,13 @@ def test_old_doorbells_are_forgotten(queue: Any) -> None:
         assert session.execute(select(func.count()).select_from(Outbox)).scalar_one() == 1
         prune(session, keep=timedelta(0))
         assert session.execute(select(func.count()).select_from(Outbox)).scalar_one() == 0
+
+
+def test_a_broker_that_does_not_answer_is_told_with_its_setting_and_without_its_password(settings: Any) -> None:
+    settings.redis.url = f"redis://:secret@127.0.0.1:{free_port()}/0"
+    with structlog.testing.capture_logs() as logs:
+        greet(settings)
+    (record,) = logs
+    assert record["log_level"] == "warning"
+    assert "PARAMPARA_REDIS__URL" in record["event"]
+    assert "secret" not in str(record)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 import uvicorn
 
+from parampara.errors import ParamparaError
 from parampara.http import exit_zero_on_sigterm
 from parampara.settings import get_settings
 from parampara.telemetry import configure_logging
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="embedder", description="OpenAI-compatible embeddings over one small model.")
     parser.add_argument("command", choices=["serve"])
     parser.parse_args()
@@ -20,8 +22,14 @@ def main() -> None:
     from embedder.app import create_app
 
     settings = get_settings()
-    uvicorn.run(create_app(settings), host=settings.embedder.host, port=settings.embedder.port, access_log=False, log_config=None)
+    try:
+        app = create_app(settings)
+    except ParamparaError as error:
+        print(f"embedder: {error.message}", file=sys.stderr)
+        return error.exit_code
+    uvicorn.run(app, host=settings.embedder.host, port=settings.embedder.port, access_log=False, log_config=None)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
 
 from embedder.batcher import Batcher
-from embedder.model import SentenceEncoder, bundled_model_dir
+from embedder.model import BUNDLED_DIMENSIONS, BUNDLED_MODEL, SentenceEncoder, bundled_model_dir
 from embedder.schemas import (
     MAX_TOKENS,
     Embedding,
@@ -34,7 +34,12 @@ SECONDS = Histogram("parampara_embedder_request_seconds", "From request to vecto
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The embedder; its model loads when the application starts."""
+    """The embedder; its model loads when the application starts.
+
+    Raises:
+        InvalidRequest: the settings name a model, or a number of dimensions, that this embedder does not hold.
+    """
+    _require_bundled(settings.embedder.model, settings.embedder.dimensions)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -55,6 +60,17 @@ def create_app(settings: Settings) -> FastAPI:
     for path in ("/health", "/livez", "/readyz"):
         app.add_api_route(path, health, methods=["GET"])
     return app
+
+
+def _require_bundled(model: str, dimensions: int) -> None:
+    """Another name would be served with the wrong vectors, and every vector store would keep it."""
+    for name, value, held in (("MODEL", model, BUNDLED_MODEL), ("DIMENSIONS", dimensions, BUNDLED_DIMENSIONS)):
+        if value != held:
+            raise InvalidRequest(
+                f"PARAMPARA_EMBEDDER__{name} is {value!r}, but this embedder holds {BUNDLED_MODEL} with {BUNDLED_DIMENSIONS} dimensions "
+                "and nothing else. Serve the other model with vLLM or TEI and name its address in PARAMPARA_GATEWAY__EMBEDDER_URL.",
+                param=f"embedder.{name.lower()}",
+            )
 
 
 async def embeddings(request: Request, body: EmbeddingsRequest) -> JSONResponse:

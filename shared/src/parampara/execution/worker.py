@@ -118,6 +118,7 @@ def serve(service: str, queue: str) -> int:
         start_metrics_server(settings.worker.metrics_port, host=settings.worker.metrics_host, ready=worker.faults)
     LocalStorage(settings.artifacts_dir).sweep()
     worker.start_polling()
+    doorbell.greet(settings)
     try:
         _consume(app, worker, queue)
     finally:
