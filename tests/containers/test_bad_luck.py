@@ -58,7 +58,7 @@ def test_a_run_survives_the_death_of_its_trainer_of_redis_and_of_postgres(stack:
     assert ended["status"] == "succeeded", ended["error"]
     assert all(job["status"] == "succeeded" for job in ended["jobs"])
     sft = platform.get(f"/jobs/{job(platform, run, 'sft')['id']}")
-    states = [attempt["state"] for attempt in sft["attempts"]]
+    states = [attempt["status"] for attempt in sft["attempts"]]
     assert states[-1] == "succeeded"
     assert states.count("succeeded") == 1
     assert len(states) >= 3, "the trainer was killed twice"

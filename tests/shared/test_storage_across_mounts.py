@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from parampara.execution.products import disk_error
 from parampara.storage import LocalStorage
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -44,3 +46,21 @@ def test_a_product_on_the_same_device_is_moved(tmp_path: Path) -> None:
     manifest = store.publish(output, kind="report", move=True)
     assert (store.path(manifest.id) / "weights.bin").stat().st_ino == inode
     assert not output.exists()
+
+
+def test_a_disk_that_is_full_while_copying_is_told_as_such(tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = elsewhere / "output"
+    output.mkdir()
+    (output / "weights.bin").write_bytes(b"\x01\x02")
+
+    def full(_: str, target: str) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
+
+    monkeypatch.setattr(shutil, "copy2", full)
+    store = LocalStorage(tmp_path / "artifacts")
+    with pytest.raises(OSError, match="No space left") as caught:
+        store.publish(output, kind="report", move=True)
+    assert caught.value.errno == errno.ENOSPC
+    assert disk_error(caught.value, "what")["code"] == "disk_full"
+    assert list((tmp_path / "artifacts" / "staging").iterdir()) == []
+    assert (output / "weights.bin").exists()

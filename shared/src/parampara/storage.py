@@ -50,7 +50,7 @@ class LocalStorage:
         stage = self._staging / uuid.uuid4().hex
         try:
             if not (move and _moved(directory, stage)):
-                shutil.copytree(directory, stage, symlinks=True)
+                _copy_tree(directory, stage)
             manifest = describe(stage, kind=kind, parents=parents or [], config=config or {}, versions=versions or {})
             (stage / MANIFEST_NAME).write_bytes(manifest.canonical_bytes())
             fsync_tree(stage)
@@ -190,6 +190,27 @@ def _age(path: Path) -> float:
         return time.time() - path.lstat().st_ctime
     except FileNotFoundError:  # published meanwhile
         return 0.0
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    """Copy a directory.
+
+    Raises:
+        OSError: the first one met, with its number: `shutil` would make one text of all, and a full disk would have no name.
+    """
+    met: list[OSError] = []
+
+    def copy(one: str, other: str) -> str:
+        try:
+            return shutil.copy2(one, other)
+        except OSError as error:
+            met.append(error)
+            raise
+
+    try:
+        shutil.copytree(source, target, symlinks=True, copy_function=copy)
+    except shutil.Error as error:
+        raise (met[0] if met else error) from None
 
 
 def _moved(source: Path, target: Path) -> bool:
