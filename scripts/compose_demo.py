@@ -19,6 +19,7 @@ import json
 import os
 import re
 import secrets
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -85,12 +86,33 @@ def write_env(path: Path) -> bool:
     return True
 
 
+def require_port() -> None:
+    """The port that the gateway is to be published on is free, or the stack itself has it.
+
+    Raises:
+        DemoFailed: something else has it; said before the images are built, with the setting.
+    """
+    if compose("ps", "--quiet", "--status", "running", "gateway", capture=True).stdout.strip():
+        return
+    (port,) = json.loads(compose("config", "--format", "json", capture=True).stdout)["services"]["gateway"]["ports"]
+    address = (port.get("host_ip", "127.0.0.1"), int(port["published"]))
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise DemoFailed(
+                f"the gateway cannot be published on {address[0]}:{address[1]} ({error.strerror}): set BIND_PORT in .env"
+            ) from None
+
+
 def up() -> None:
     """Build, start and wait until every service is healthy.
 
     Raises:
         DemoFailed: compose could not; with the last words of each service that is not well.
     """
+    require_port()
     if compose("up", "--build", "--wait", "--wait-timeout", str(UP_SECONDS), check=False).returncode != 0:
         raise DemoFailed(f"`docker compose up --build --wait` did not succeed.\n{ailing()}")
 

@@ -179,13 +179,18 @@ print("parampara_libnuma.so.1" in open("/proc/self/maps").read())
 @pytest.mark.skipif(not VLLM.exists(), reason="needs the vLLM environment: make setup")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="built for x86-64")
 def test_the_stand_in_has_all_that_vllms_kernels_link(setup: ModuleType) -> None:
-    """Loaded first, it answers for the name; a function or version that it lacks would fail the load."""
+    """Loaded first, it answers for the name; a function or version that it lacks would fail the load.
+
+    Without ``site``: the environment's own loader would take the system's library before.
+    """
+    (packages,) = VLLM.parents[1].glob("lib/python3.*/site-packages")
     code = f"""
-import ctypes, glob, os, sysconfig
+import ctypes, glob, os, sys
+sys.path.append({str(packages)!r})
 ctypes.CDLL({str(setup.LIBNUMA)!r})
 assert ctypes.CDLL("libnuma.so.1").numa_available() == -1
 import torch
-for path in glob.glob(sysconfig.get_path("purelib") + "/vllm/_C*.so"):
+for path in glob.glob({str(packages / "vllm" / "_C*.so")!r}):
     if os.fork() == 0:  # two of them in one process register the same operators
         ctypes.CDLL(path)
         mapped = {{line.split()[-1] for line in open("/proc/self/maps") if "libnuma" in line}}
@@ -193,7 +198,7 @@ for path in glob.glob(sysconfig.get_path("purelib") + "/vllm/_C*.so"):
         os._exit(0)
     assert os.wait()[1] == 0, path
 """
-    done = subprocess.run([str(VLLM), "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(VLLM), "-S", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     loaded = [line.split() for line in done.stdout.splitlines()]
     assert len(loaded) > 0
