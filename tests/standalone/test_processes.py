@@ -85,9 +85,11 @@ def test_a_child_that_holds_its_port_becomes_ready(log: Path) -> None:
             assert time.monotonic() < deadline
             child.tick()
             time.sleep(0.05)
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()  # ready means that it listens
     finally:
         child.ask_to_stop()
         child.stop()
+    assert child.pid is None
 
 
 def test_stop_kills_what_ignores_sigterm_and_its_children(log: Path) -> None:

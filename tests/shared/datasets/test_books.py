@@ -170,6 +170,10 @@ def test_good_books_of_every_format_validate(tmp_path: Path) -> None:
     pdf = make_pdf(tmp_path / "a.pdf", [None, "words"])
     epub = make_epub(tmp_path / "a.epub", {"OEBPS/two.xhtml": "<p>words</p>"})
     validate_books([text, pdf, epub], ["a.txt", "b.pdf", "c.epub"])
+    assert ["hello" in read_book(text).text, "words" in read_book(pdf).text, "words" in read_book(epub).text] == [True] * 3
+    pdf.write_bytes(text.read_bytes())  # the same call does refuse
+    with pytest.raises(InvalidData, match=r"b\.pdf"):
+        validate_books([text, pdf, epub], ["a.txt", "b.pdf", "c.epub"])
 
 
 def test_chapter_text_separates_blocks() -> None:
