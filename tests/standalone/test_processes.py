@@ -101,8 +101,10 @@ def test_stop_kills_what_ignores_sigterm_and_its_children(log: Path) -> None:
     child.start()
     until(lambda: child.tail().strip())
     grandchild = int(child.tail())
+    assert alive(grandchild)
     child.ask_to_stop()
     child.stop()
+    assert child.pid is None
     until(lambda: not alive(grandchild))
 
 
