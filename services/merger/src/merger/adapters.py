@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from merger.tensor_files import TensorFile, TensorInfo
 from parampara.errors import InvalidData
 from parampara.manifest import sha256_file
+from parampara.weights.tensor_files import TensorFile, TensorInfo
 
 _PREFIX = "base_model.model."
 _FACTORS = (".lora_A.weight", ".lora_B.weight")

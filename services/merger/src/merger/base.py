@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from merger.tensor_files import TensorFile, TensorInfo
 from parampara.errors import InvalidData
+from parampara.weights.tensor_files import TensorFile, TensorInfo
 
 INDEX = "model.safetensors.index.json"
 _COPIED = re.compile(

@@ -19,13 +19,13 @@ import torch
 
 from merger.adapters import Adapter, check_lineage
 from merger.base import INDEX, BaseModelFiles
-from merger.tensor_files import Planned, ShardWriter, TensorInfo
 from parampara.errors import Diverged, InvalidData, Preempted
 from parampara.execution import stop
 from parampara.manifest import weights_fingerprint
 from parampara.progress import Progress
 from parampara.schemas.stages import MergeConfig, MergeResult
 from parampara.storage import fsync_directory, fsync_tree
+from parampara.weights.tensor_files import Planned, ShardWriter, TensorInfo
 
 CHUNK_BYTES = 64 * 1024 * 1024
 """Size of one row chunk in float32."""

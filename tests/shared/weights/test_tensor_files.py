@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from merger.tensor_files import Planned, ShardWriter, TensorFile
 from parampara.errors import InvalidData
+from parampara.weights.tensor_files import Planned, ShardWriter, TensorFile
 
 TENSORS = {
     "matrix": torch.arange(35, dtype=torch.float32).reshape(7, 5),
@@ -62,7 +62,7 @@ def lying(path: Path, header: object, body: int) -> Path:
         ({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}}, 12),
         ({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "y": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, 12),
         ({"x": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, 12),
-        ({"x": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}, 2),
+        ({"x": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}, 2),
         ({"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}, 0),
         ({"x": {"dtype": "F32"}}, 0),
         ({"x": 3}, 0),

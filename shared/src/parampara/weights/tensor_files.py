@@ -29,6 +29,8 @@ DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -127,7 +129,7 @@ class TensorFile:
 
 def _info(name: str, entry: dict, base: int) -> TensorInfo:
     if entry["dtype"] not in DTYPES:
-        raise ValueError(f"tensor {name} has dtype {entry['dtype']}, which can not be merged")
+        raise ValueError(f"tensor {name} has dtype {entry['dtype']}, which this reader does not know")
     shape = tuple(int(size) for size in entry["shape"])
     begin, end = (int(offset) for offset in entry["data_offsets"])
     info = TensorInfo(name=name, dtype=DTYPES[entry["dtype"]], shape=shape, start=base + begin)
