@@ -8,7 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
-from evaluator import gates, metrics, parity, report
+from evaluator import metrics, parity, report
 from evaluator.answers import compile_formats, generate
 from evaluator.curves import Curve, read_curves
 from evaluator.ledger import Ledger
@@ -16,6 +16,7 @@ from evaluator.line import GREEDY_PROBE_TOKENS, Material, Measured, Member, memb
 from evaluator.meter import Meter
 from evaluator.models import Loaded, common_dtype, loaded
 from evaluator.perplexity import answer_sequences, loss
+from parampara import gates
 from parampara.errors import OutOfMemory
 from parampara.progress import Progress
 from parampara.schemas.stages import EvaluateConfig, EvaluateResult

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from evaluator.gates import apply, decide
+from parampara.gates import apply, decide
 from parampara.schemas.stages import Gate
 
 METRICS = {"exact.sft": 0.8, "parity.merged.kl": 0.001, "perplexity.dapt": math.inf}
