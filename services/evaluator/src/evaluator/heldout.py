@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from evaluator.answers import Question, answer_part
 from evaluator.language import language_of
 from evaluator.models import Conversation
-from parampara.datasets import QaRow, chunk_documents, content_hash, count_asked_in_both, hold_out, read_book, read_qa
+from parampara.datasets import QaRow, count_asked_in_both, read_qa
+from parampara.datasets.chat import conversation_of, token_ids
+from parampara.datasets.held_out import held_out_rows, held_out_texts
 from parampara.schemas.stages import EvaluateConfig
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -35,37 +34,18 @@ def read_held_out(config: EvaluateConfig, tokenizer: Any) -> HeldOut:
     Raises:
         InvalidData: a file is missing or not what it has to be, or nothing is held out.
     """
-    texts = _first(_texts(config, tokenizer), content=str, limit=config.params.max_chunks, seed=config.seed)
-    rows = _first(_rows(config), content=lambda row: row.text, limit=config.params.max_questions, seed=config.seed)
+    limits, seed = config.params, config.seed
+    texts = held_out_texts(
+        config.text, config.dapt_params, limit=limits.max_chunks, seed=seed, count_tokens=lambda text: len(token_ids(tokenizer, text))
+    )
+    rows = held_out_rows(config.qa, config.sft_params, limit=limits.max_questions, seed=seed)
     questions = [_question(row, config.sft_params.system_prompt) for row in rows]
     return HeldOut(
         texts=texts,
         questions=questions,
-        probes=[question.conversation for question in questions[: config.params.parity_prompts]],
+        probes=[question.conversation for question in questions[: limits.parity_prompts]],
         trained_on=_trained_on(config, rows),
     )
-
-
-def _texts(config: EvaluateConfig, tokenizer: Any) -> list[str]:
-    documents = [read_book(path) for path in config.text.validation or config.text.train]
-    chunks = chunk_documents(
-        documents,
-        max_tokens=config.dapt_params.chunk_tokens,
-        count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False).input_ids),
-    )
-    if config.text.validation:
-        return [chunk.text for chunk in chunks]
-    fraction = config.dapt_params.validation_fraction
-    _, held_out = hold_out(chunks, fraction=fraction, seed=config.seed, content=lambda chunk: chunk.text, what="chunks")
-    return [chunk.text for chunk in held_out]
-
-
-def _rows(config: EvaluateConfig) -> list[QaRow]:
-    rows = [row for path in config.qa.validation or config.qa.train for row in read_qa(path)]
-    if config.qa.validation:
-        return rows
-    _, held_out = hold_out(rows, fraction=config.sft_params.validation_fraction, seed=config.seed, content=lambda row: row.asked)
-    return held_out
 
 
 def _trained_on(config: EvaluateConfig, rows: Sequence[QaRow]) -> int:
@@ -76,12 +56,9 @@ def _trained_on(config: EvaluateConfig, rows: Sequence[QaRow]) -> int:
 
 
 def _question(row: QaRow, system_prompt: str | None) -> Question:
-    messages = [{"role": message.role, "content": message.content} for message in row.messages]
-    if system_prompt and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system_prompt})
     expected = row.metadata.get("expected")
     return Question(
-        prompt=messages[:-1],
+        prompt=conversation_of(row, system_prompt=system_prompt)[:-1],
         reference=row.answer,
         expected=expected if isinstance(expected, str) and expected.strip() else answer_part(row.answer),
         kind=_label(row.metadata.get("kind")),
@@ -97,10 +74,3 @@ def _language(row: QaRow) -> str:
 
 def _label(value: Any) -> str:
     return value.strip().casefold() if isinstance(value, str) else ""
-
-
-def _first(items: Sequence[Item], *, content: Callable[[Item], str], limit: int, seed: int) -> list[Item]:
-    """The distinct items whose seeded content hashes come first."""
-    by_hash = {content_hash(content(item)): item for item in items}
-    order = sorted(by_hash, key=lambda digest: hashlib.sha256(f"evaluate:{seed}:{digest}".encode()).digest())
-    return [by_hash[digest] for digest in order[:limit]]

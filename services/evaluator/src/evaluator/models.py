@@ -14,11 +14,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from parampara.datasets import chat
+from parampara.datasets.chat import Conversation, token_ids
 from parampara.errors import InvalidData
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-Conversation = list[dict[str, str]]
-"""Messages as a chat template takes them: ``[{"role": "user", "content": "..."}, ...]``."""
 
 
 @dataclass
@@ -107,44 +107,21 @@ def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
     Raises:
         InvalidData: the tokenizer has no chat template.
     """
-    return _ids(tokenizer, _render(tokenizer, conversation, add_generation_prompt=True))
+    return token_ids(tokenizer, chat.render(tokenizer, conversation, add_generation_prompt=True))
 
 
 def segments(tokenizer: Any, conversation: Conversation) -> list[tuple[list[int], bool]]:
-    """The whole conversation as ``(token ids, is an answer)`` in turn; an answer includes its end mark.
-
-    Prompt and answer are tokenized apart, as the server's prompt and the model's own tokens are: no token straddles the border.
+    """The whole conversation as ``(token ids, is an answer)`` in turn, as :func:`parampara.datasets.chat.segments` parts it.
 
     Raises:
         InvalidData: the tokenizer has no chat template, or one that does not render turn by turn.
     """
-    parts: list[tuple[list[int], bool]] = []
-    done = ""
-    for turn, message in enumerate(conversation):
-        if message["role"] != "assistant":
-            continue
-        before = _render(tokenizer, conversation[:turn], add_generation_prompt=True)
-        after = _render(tokenizer, conversation[: turn + 1], add_generation_prompt=False)
-        if not (before.startswith(done) and after.startswith(before) and len(after) > len(before)):
-            raise InvalidData(f"The chat template does not render turn {turn} as prompt, answer and end mark.", param="base")
-        parts += [(_ids(tokenizer, before[len(done) :]), False), (_ids(tokenizer, after[len(before) :]), True)]
-        done = after
-    return parts
+    return [(token_ids(tokenizer, text), answer) for text, answer in chat.segments(tokenizer, conversation)]
 
 
 def _open(directory: Path, adapter: Path | None, *, dtype: torch.dtype | str, device: int | str) -> Any:
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device_map={"": device}, local_files_only=True)
     return (model if adapter is None else PeftModel.from_pretrained(model, str(adapter))).eval()
-
-
-def _render(tokenizer: Any, conversation: Conversation, *, add_generation_prompt: bool) -> str:
-    if not tokenizer.chat_template:
-        raise InvalidData("The model's tokenizer has no chat template: questions cannot be put to it.", param="base")
-    return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def _config(directory: Path) -> dict[str, Any]:

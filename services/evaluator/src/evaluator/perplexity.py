@@ -2,64 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from evaluator.meter import Meter
-from evaluator.models import Conversation, Loaded, segments
+from evaluator.models import Loaded
+from parampara.datasets.scored import Loss, Scored, answer_sequences, batches, text_sequences
 from parampara.errors import InvalidData
+
+__all__ = ["Loss", "Scored", "answer_sequences", "log_probs", "loss", "text_sequences"]
 
 _LOGITS = 1 << 26
 """Logit values computed at once: 256 MiB in float32."""
 _MAX_ROWS = 64
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A token sequence; ``counted[i]`` says whether the loss of token ``i``, given those before it, counts."""
-
-    ids: list[int]
-    counted: list[bool]
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Summed negative log-likelihood in nats over ``tokens`` predicted tokens."""
-
-    nats: float
-    tokens: int
-
-    @property
-    def mean(self) -> float:
-        return self.nats / self.tokens
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood per token (Jelinek et al. 1977); infinite above e^700."""
-        return math.exp(self.mean) if self.mean < 700 else math.inf
-
-
-def text_sequences(tokenizer: Any, texts: Sequence[str], *, max_tokens: int) -> list[Scored]:
-    """Each text with the tokenizer's own special tokens, cut at ``max_tokens``; every token after the first counts."""
-    sequences = [tokenizer(text, truncation=True, max_length=max_tokens).input_ids for text in texts]
-    return [Scored(ids=ids, counted=[False] + [True] * (len(ids) - 1)) for ids in sequences if len(ids) > 1]
-
-
-def answer_sequences(tokenizer: Any, conversations: Sequence[Conversation], *, max_tokens: int) -> list[Scored]:
-    """Whole conversations in which only the tokens of the assistant's turns count, end marks included.
-
-    A conversation that is cut before its first answer token is left out.
-
-    Raises:
-        InvalidData: the tokenizer has no chat template, or one that does not render turn by turn.
-    """
-    sequences = [_answers_counted(tokenizer, conversation) for conversation in conversations]
-    cut = [Scored(sequence.ids[:max_tokens], sequence.counted[:max_tokens]) for sequence in sequences]
-    return [sequence for sequence in cut if any(sequence.counted)]
 
 
 def loss(model: Loaded, sequences: Sequence[Scored], meter: Meter) -> Loss:
@@ -93,18 +49,9 @@ def log_probs(model: Loaded, sequences: Sequence[Scored]) -> Iterator[torch.Tens
                 yield logits[index, : len(row.ids)][counted].float().log_softmax(-1).cpu()
 
 
-def _answers_counted(tokenizer: Any, conversation: Conversation) -> Scored:
-    parts = segments(tokenizer, conversation)
-    return Scored(ids=[token for ids, _ in parts for token in ids], counted=[answer for ids, answer in parts for _ in ids])
-
-
 def _batches(model: Loaded, sequences: Sequence[Scored]) -> Iterator[list[Scored]]:
     vocabulary = model.model.config.get_text_config().vocab_size
-    waiting = sorted(sequences, key=lambda sequence: -len(sequence.ids))
-    while waiting:
-        rows = max(1, min(_MAX_ROWS, _LOGITS // (vocabulary * len(waiting[0].ids))))
-        yield waiting[:rows]
-        waiting = waiting[rows:]
+    return batches(sequences, tokens=_LOGITS // vocabulary, rows=_MAX_ROWS)
 
 
 def _batch_loss(model: Loaded, batch: list[Scored]) -> tuple[float, int]:

@@ -1,8 +1,6 @@
 """Question-answer rows to training rows: the tokenizer's own chat template, a loss on the assistant's tokens only.
 
-A conversation is rendered as the server will render it. The text before each answer (with the generation prompt) and the
-answer with its end-of-turn marker are tokenized apart, exactly where the server's prompt ends and the model's own tokens
-begin, so that no token straddles the border.
+A conversation is rendered as the server will render it; :mod:`parampara.datasets.chat` says where prompt and answer part.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from parampara.datasets import QaRow, count_asked_in_both, count_duplicates, hold_out, read_qa
+from parampara.datasets.chat import conversation_of, segments, token_ids
 from parampara.datasets.qa import require_enough
 from parampara.datasets.split import content_hash
 from parampara.errors import InvalidData
@@ -62,8 +61,8 @@ def tokenize_row(
     """
     ids: list[int] = []
     labels: list[int] = []
-    for text, learnt in _segments(row, tokenizer, system_prompt, name):
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for text, learnt in segments(tokenizer, conversation_of(row, system_prompt=system_prompt), name=name):
+        tokens = token_ids(tokenizer, text)
         ids += tokens
         labels += tokens if learnt else [IGNORED] * len(tokens)
     result = TokenRow(input_ids=ids[:max_length], labels=labels[:max_length])
@@ -76,29 +75,6 @@ def tokenize_row(
     if len(ids) > max_length and cut is not None:
         cut.append(name)
     return result
-
-
-def _segments(row: QaRow, tokenizer: Any, system_prompt: str | None, name: str) -> list[tuple[str, bool]]:
-    """The rendered conversation in order as ``(text, is an answer)``."""
-    messages: list[dict[str, str]] = [{"role": message.role, "content": message.content} for message in row.messages]
-    if system_prompt and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    segments: list[tuple[str, bool]] = []
-    done = ""
-    for position, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(messages[:position], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: position + 1], tokenize=False, add_generation_prompt=False)
-        if not (before.startswith(done) and after.startswith(before) and len(after) > len(before)):
-            raise InvalidData(
-                f"{name}: the tokenizer's chat template does not render message {position} as its generation prompt, the answer and an "
-                "end marker, so the answer's tokens can not be told from the prompt's.",
-                param="model",
-            )
-        segments += [(before[len(done) :], False), (after[len(before) :], True)]
-        done = after
-    return segments
 
 
 def _read(paths: Sequence[Path]) -> list[tuple[str, QaRow]]:
