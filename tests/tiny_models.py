@@ -113,3 +113,15 @@ def make_adapter(model_directory: Path, directory: Path, *, seed: int = 1, scale
     adapted.save_pretrained(str(directory), save_embedding_layers=False)
     torch.random.set_rng_state(state)
     return directory
+
+
+def record_training(adapter: Path, base: Path, before: list[Path] | None = None, first: Path | None = None) -> Path:
+    """What the trainer writes beside an adapter trained on ``base`` (= ``first`` with the adapters ``before`` merged in)."""
+    from parampara.manifest import sha256_file, weights_fingerprint
+
+    lineage = {
+        "base_sha256": weights_fingerprint(first or base),
+        "adapters": [sha256_file(a / "adapter_model.safetensors") for a in before or []],
+    }
+    (adapter / "training.json").write_text(json.dumps({"base_sha256": weights_fingerprint(base), "lineage": lineage}), encoding="utf-8")
+    return adapter

@@ -20,17 +20,8 @@ from parampara.execution import stop
 from parampara.manifest import sha256_file, weights_fingerprint
 from parampara.progress import SilentProgress
 from parampara.schemas.stages import MergeConfig, MergeParams, MergeResult
-from tests.tiny_models import make_adapter, make_model
-
-
-def record_training(adapter: Path, base: Path, before: list[Path] | None = None, first: Path | None = None) -> Path:
-    """What the trainer writes beside an adapter trained on ``base`` (= ``first`` with the adapters ``before`` merged in)."""
-    lineage = {
-        "base_sha256": weights_fingerprint(first or base),
-        "adapters": [sha256_file(a / "adapter_model.safetensors") for a in before or []],
-    }
-    (adapter / "training.json").write_text(json.dumps({"base_sha256": weights_fingerprint(base), "lineage": lineage}), encoding="utf-8")
-    return adapter
+from parampara.weights import merged
+from tests.tiny_models import make_adapter, make_model, record_training
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +128,7 @@ def test_large_output_is_sharded_with_an_index(tmp_path: Path) -> None:
 
 def test_row_chunks_do_not_change_a_bit(tmp_path: Path, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(tmp_path / "a", base, adapter)
-    monkeypatch.setattr(merge, "CHUNK_BYTES", 64 * 4 * 24)  # 24 rows of 64
+    monkeypatch.setattr(merged, "CHUNK_BYTES", 64 * 4 * 24)  # 24 rows of 64
     chunked = run(tmp_path / "b", base, adapter)
     for name, tensor in weights(whole.output).items():
         torch.testing.assert_close(weights(chunked.output)[name], tensor, rtol=0, atol=1e-7)
@@ -153,14 +144,16 @@ def change_config(adapter: Path, target: Path, **settings: Any) -> Path:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"bias": "lora_only"}, "biases"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"use_dora": True}, "has no magnitude"),
+        ({"bias": "some"}, "bias is 'some'"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"rank_pattern": {"q_proj": 2}}, "q_proj has factors"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
+        ({"alpha_pattern": {"(": 2}}, "alpha_pattern"),
+        ({"trainable_token_indices": [1, 1]}, "trainable_token_indices"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"peft_type": "LOHA"}, "LOHA"),
         ({"r": 5}, "has factors"),
@@ -180,12 +173,37 @@ def test_unsupported_adapters_are_refused_by_name_before_any_byte(
     assert list(work.iterdir()) == []
 
 
-@pytest.mark.parametrize(("target", "tied"), [("lm_head", False), ("lm_head", True), ("embed_tokens", False)])
-def test_lora_on_embeddings_and_heads_is_refused(tmp_path: Path, target: str, tied: bool) -> None:
-    base = make_model(tmp_path / "base", tied=tied)
-    adapter = record_training(make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", target]), base)
-    with pytest.raises(InvalidData, match=r"lora_embedding|LoRA on"):
-        run(tmp_path / "work", base, adapter)
+@pytest.mark.parametrize(
+    ("key", "shape", "named"),
+    [
+        ("model.embed_tokens.weight", (520, 64), "vocabulary was resized"),
+        ("model.norm.weight", (32,), r"model\.norm\.weight has shape"),
+        ("model.layers.0.self_attn.q_proj.lora_B.bias", (64,), r"no tensor model\.layers\.0\.self_attn\.q_proj\.bias"),
+        ("model.layers.0.self_attn.q_proj.base_layer.bias", (64,), r"no tensor model\.layers\.0\.self_attn\.q_proj\.bias"),
+        ("model.layers.0.self_attn.q_proj.lora_magnitude_vector", (64,), "has a magnitude"),
+        ("model.layers.0.self_attn.q_proj.lora_C.weight", (4, 64), "nothing that the merge knows"),
+        ("model.layers.0.mlp.router.weight", (4, 64), r"no tensor model\.layers\.0\.mlp\.router\.weight"),
+    ],
+)
+def test_tensors_without_a_place_in_the_base_are_refused_by_name(
+    tmp_path: Path, base: Path, adapter: Path, key: str, shape: tuple[int, ...], named: str
+) -> None:
+    changed = shutil.copytree(adapter, tmp_path / "changed")
+    path = changed / "adapter_model.safetensors"
+    save_file({**load_file(str(path)), f"base_model.model.{key}": torch.ones(shape)}, str(path))
+    with pytest.raises(InvalidData, match=named):
+        run(tmp_path / "work", base, changed)
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_ends_that_the_base_ties_are_refused(tmp_path: Path, target: str) -> None:
+    base = make_model(tmp_path / "base", tied=True)
+    lora = record_training(make_adapter(base, tmp_path / "lora", target_modules=["q_proj", target]), base)
+    whole = record_training(make_adapter(base, tmp_path / "whole", modules_to_save=[target]), base)
+    for adapter in (lora, whole):
+        with pytest.raises(InvalidData, match="ties embedding and head"):
+            run(tmp_path / "work", base, adapter)
 
 
 def test_adapter_of_another_base_is_refused(tmp_path: Path, base: Path, adapter: Path) -> None:
@@ -279,7 +297,7 @@ from pathlib import Path
 from merger import merge
 from parampara.progress import SilentProgress
 from parampara.schemas.stages import MergeConfig
-merge.CHUNK_BYTES = 4 * 1024 * 1024
+
 config = MergeConfig(model=Path(sys.argv[1]), adapters=[Path(sys.argv[2])])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 result = merge.run(config, workdir=Path(sys.argv[3]), progress=SilentProgress())

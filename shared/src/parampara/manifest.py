@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +121,15 @@ def weights_fingerprint(directory: Path) -> str:
     Raises:
         InvalidData: there are no safetensors files.
     """
-    digest = hashlib.sha256()
     shards = sorted(directory.glob("*.safetensors"))
     if not shards:
         raise InvalidData(f"{directory} holds no *.safetensors file; convert the model to safetensors first.")
-    for shard in shards:
-        digest.update(f"{shard.name}\0{sha256_file(shard)}\n".encode())
+    return fingerprint_of_shards({shard.name: sha256_file(shard) for shard in shards})
+
+
+def fingerprint_of_shards(digests: Mapping[str, str]) -> str:
+    """:func:`weights_fingerprint` of files whose sha256 is known already, by name: a writer hashes as it writes."""
+    digest = hashlib.sha256()
+    for name, sha256 in sorted(digests.items()):
+        digest.update(f"{name}\0{sha256}\n".encode())
     return digest.hexdigest()

@@ -1,7 +1,7 @@
 """Stage merge: one or several stacked LoRA adapters into full weights, in one pass whose memory does not grow with the model.
 
-Each weight is read in row chunks, the deltas of all adapters are added in float32, and the sum is cast once to the target
-dtype: no rounding between adapters, as merging them one after the other would have.
+Each tensor comes merged in float32, a few rows at a time, and is cast once to the target dtype: no rounding between adapters,
+as merging them one after the other would have.
 """
 
 from __future__ import annotations
@@ -12,23 +12,20 @@ import resource
 import shutil
 import time
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from merger.adapters import Adapter, check_lineage
-from merger.base import INDEX, BaseModelFiles
-from parampara.errors import Diverged, InvalidData, Preempted
+from parampara.errors import InvalidData, Preempted
 from parampara.execution import stop
-from parampara.manifest import weights_fingerprint
+from parampara.manifest import fingerprint_of_shards
 from parampara.progress import Progress
 from parampara.schemas.stages import MergeConfig, MergeResult
 from parampara.storage import fsync_directory, fsync_tree
-from parampara.weights.tensor_files import Planned, ShardWriter, TensorInfo
+from parampara.weights.merged import MergedModel
+from parampara.weights.model_files import INDEX
+from parampara.weights.tensor_files import Planned, ShardWriter
 
-CHUNK_BYTES = 64 * 1024 * 1024
-"""Size of one row chunk in float32."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -44,53 +41,30 @@ def run(config: MergeConfig, *, workdir: Path, progress: Progress) -> MergeResul
         Preempted: a stop was asked for; a merge starts again from its beginning.
     """
     started = time.monotonic()
-    workdir = workdir.resolve()
     progress.phase("check")
-    base = BaseModelFiles(config.model)
-    adapters: list[Adapter] = []
-    try:
-        for position, path in enumerate(config.adapters):
-            adapters.append(Adapter(path, position))
-            adapters[-1].check_against(base.tensors, tied=base.tied)
-        base_sha256 = weights_fingerprint(config.model)
-        check_lineage(adapters, base_sha256)
-        _check_tokenizers(config)
-        return _merge(config, base=base, adapters=adapters, base_sha256=base_sha256, workdir=workdir, progress=progress, started=started)
-    finally:
-        base.close()
-        for adapter in adapters:
-            adapter.close()
+    with MergedModel(config.model, config.adapters) as model:
+        return _merge(config, model=model, workdir=workdir.resolve(), progress=progress, started=started)
 
 
-def _merge(
-    config: MergeConfig,
-    *,
-    base: BaseModelFiles,
-    adapters: list[Adapter],
-    base_sha256: str,
-    workdir: Path,
-    progress: Progress,
-    started: float,
-) -> MergeResult:
+def _merge(config: MergeConfig, *, model: MergedModel, workdir: Path, progress: Progress, started: float) -> MergeResult:
     progress.phase("merge")
     final, stage = workdir / "output", workdir / f".output-{uuid.uuid4().hex}"
     for leftover in workdir.glob(".output-*"):  # of an attempt that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     stage.mkdir(parents=True)
     try:
-        counts = _write_weights(stage, base=base, adapters=adapters, config=config, progress=progress)
-        if not counts.changed:
+        written = _Writer(model, _DTYPES[config.params.dtype], progress)
+        weights_sha256 = written.write(stage, config.params.max_shard_bytes)
+        if not written.differs:
             raise InvalidData(
-                f"The merge would change nothing: the largest delta is {counts.max_abs_delta:g}, and in {config.params.dtype} every weight "
+                f"The merge would change nothing: the largest delta is {model.max_abs_delta:g}, and in {config.params.dtype} every weight "
                 "stays as it was. Was the adapter trained?",
                 param="adapters",
             )
-        base.write_side_files(stage, config.params.dtype)
-        progress.phase("fingerprint")
-        weights_sha256 = weights_fingerprint(stage)
+        model.base.write_side_files(stage, config.params.dtype)
         record = {
-            "base_sha256": base_sha256,
-            "adapters": [adapter.sha256 for adapter in adapters],
+            "base_sha256": model.base_sha256,
+            "adapters": [adapter.sha256 for adapter in model.adapters],
             "weights_sha256": weights_sha256,
             "dtype": config.params.dtype,
         }
@@ -105,117 +79,68 @@ def _merge(
     return MergeResult(
         output=final,
         dtype=config.params.dtype,
-        tensors=len(base.tensors),
-        merged_tensors=counts.merged,
+        tensors=len(model.tensors),
+        merged_tensors=len(model.changed),
         bytes=size,
         seconds=time.monotonic() - started,
-        max_abs_delta=counts.max_abs_delta,
+        max_abs_delta=model.max_abs_delta,
         weights_sha256=weights_sha256,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
 
 
-@dataclass
-class _Counts:
-    merged: int = 0
-    max_abs_delta: float = 0.0
-    changed: bool = False
-    """Whether any weight differs, after the cast, from the base's own cast."""
+class _Writer:
+    """The merged model as sharded safetensors; ``differs`` tells whether any weight, after the cast, is not the base's own cast."""
 
+    def __init__(self, model: MergedModel, dtype: torch.dtype, progress: Progress) -> None:
+        self.differs = False
+        self._model, self._dtype, self._progress = model, dtype, progress
 
-def _write_weights(stage: Path, *, base: BaseModelFiles, adapters: list[Adapter], config: MergeConfig, progress: Progress) -> _Counts:
-    dtype = _DTYPES[config.params.dtype]
-    shards = _plan_shards(base, dtype, config.params.max_shard_bytes)
-    names = (
-        ["model.safetensors"]
-        if len(shards) == 1
-        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    )
-    counts, done, total = _Counts(), 0, len(base.tensors)
-    for name, shard in zip(names, shards, strict=True):
-        with ShardWriter(stage / name, shard) as writer:
-            for planned in shard:
-                if stop.requested():
-                    raise Preempted("Stopped while merging, as asked; the merge starts again from its beginning.")
-                _write_tensor(writer, base=base, adapters=adapters, planned=planned, counts=counts)
-                done += 1
-                progress.step(done, total)
-    if len(shards) > 1:
-        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        size = sum(tensor.bytes for shard in shards for tensor in shard)
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return counts
+    def write(self, stage: Path, max_shard_bytes: int) -> str:
+        """Write all shards, and an index where there are several; returns their fingerprint."""
+        shards = self._plan(max_shard_bytes)
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        names = names if len(shards) > 1 else ["model.safetensors"]
+        digests: dict[str, str] = {}
+        done = 0
+        for name, shard in zip(names, shards, strict=True):
+            with ShardWriter(stage / name, shard) as writer:
+                for planned in shard:
+                    if stop.requested():
+                        raise Preempted("Stopped while merging, as asked; the merge starts again from its beginning.")
+                    self._write_tensor(writer, planned)
+                    done += 1
+                    self._progress.step(done, len(self._model.tensors))
+            digests[name] = writer.sha256
+        if len(shards) > 1:
+            weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+            size = sum(tensor.bytes for shard in shards for tensor in shard)
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        return fingerprint_of_shards(digests)
 
+    def _plan(self, limit: int) -> list[list[Planned]]:
+        """Tensors in the base's own order, so that it is read front to back; a tensor above ``limit`` has a shard of its own."""
+        shards: list[list[Planned]] = [[]]
+        size = 0
+        for info in self._model.tensors.values():
+            planned = Planned(info.name, self._dtype if info.dtype.is_floating_point else info.dtype, info.shape)
+            if shards[-1] and size + planned.bytes > limit:
+                shards.append([])
+                size = 0
+            shards[-1].append(planned)
+            size += planned.bytes
+        return shards
 
-def _plan_shards(base: BaseModelFiles, dtype: torch.dtype, limit: int) -> list[list[Planned]]:
-    """Tensors in the base's own order, so that it is read front to back; a tensor above ``limit`` has a shard of its own."""
-    shards: list[list[Planned]] = [[]]
-    size = 0
-    for info in base.tensors.values():
-        planned = Planned(info.name, dtype if info.dtype.is_floating_point else info.dtype, info.shape)
-        if shards[-1] and size + planned.bytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(planned)
-        size += planned.bytes
-    return shards
-
-
-def _write_tensor(writer: ShardWriter, *, base: BaseModelFiles, adapters: list[Adapter], planned: Planned, counts: _Counts) -> None:
-    info, file = base.tensors[planned.name], base.home[planned.name]
-    factors = [pair for adapter in adapters if (pair := adapter.factors(planned.name)) is not None]
-    # all adapters in one product: [s1 B1, s2 B2] [A1; A2]
-    left = torch.cat([b for b, _ in factors], dim=1) if factors else None
-    right = torch.cat([a for _, a in factors], dim=0) if factors else None
-    counts.merged += bool(factors)
-    for start, stop_row in _row_chunks(info):
-        rows = file.read_rows(info.name, start, stop_row)
-        if not info.dtype.is_floating_point:
-            writer.write(rows)
-            continue
-        before = rows.float() if info.dtype != torch.float64 else rows
-        if left is None or right is None:
-            after = before
-        else:
-            delta = left[start:stop_row] @ right
-            counts.max_abs_delta = max(counts.max_abs_delta, _largest(delta, f"the delta of {info.name}", torch.float32))
-            after = before + delta
-        _largest(after, info.name, planned.dtype)
-        cast = after.to(planned.dtype)
-        if left is not None and not counts.changed:
-            counts.changed = not torch.equal(cast, before.to(planned.dtype))
-        writer.write(cast)
-
-
-def _row_chunks(info: TensorInfo) -> list[tuple[int, int]]:
-    step = max(1, CHUNK_BYTES // max(1, info.row_elements * 4))
-    return [(start, min(start + step, info.rows)) for start in range(0, info.rows, step)]
-
-
-def _largest(values: torch.Tensor, name: str, dtype: torch.dtype) -> float:
-    """Largest magnitude, after checking that ``dtype`` can hold it.
-
-    Raises:
-        Diverged: not finite, or above what ``dtype`` holds.
-    """
-    if values.numel() == 0:
-        return 0.0
-    low, high = torch.aminmax(values)  # a NaN anywhere makes both NaN
-    largest = max(-float(low), float(high))
-    if not largest <= torch.finfo(dtype).max:
-        raise Diverged(
-            f"{name} holds {largest:g}, which {str(dtype).removeprefix('torch.')} can not hold; nothing was written.", param="params.dtype"
-        )
-    return largest
-
-
-def _check_tokenizers(config: MergeConfig) -> None:
-    """An adapter whose tokenizer is not the base's was trained on other tokens (or a resized vocabulary)."""
-    for position, adapter in enumerate(config.adapters):
-        for name in ("tokenizer.json", "chat_template.jinja"):
-            theirs, ours = adapter / name, config.model / name
-            if theirs.is_file() and ours.is_file() and theirs.read_bytes() != ours.read_bytes():
-                raise InvalidData(
-                    f"adapters[{position}]: its {name} is not the base's; it was trained with another one.", param=f"adapters[{position}]"
-                )
+    def _write_tensor(self, writer: ShardWriter, planned: Planned) -> None:
+        cast: torch.Tensor | None = None
+        start = 0
+        for rows in self._model.rows(planned.name, limit=self._dtype):
+            if cast is None:
+                cast = torch.empty(rows.shape, dtype=planned.dtype)
+            out = cast[: rows.shape[0]].copy_(rows)
+            if not self.differs and planned.name in self._model.changed:
+                base = self._model.base.home[planned.name].read_rows(planned.name, start, start + rows.shape[0])
+                self.differs = not torch.equal(out, base.to(planned.dtype))
+            writer.write(out)
+            start += rows.shape[0]

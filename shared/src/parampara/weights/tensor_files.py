@@ -7,6 +7,7 @@ resident memory of this process.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -79,24 +80,25 @@ class TensorFile:
         info = self.tensors[name]
         return self.read_rows(name, 0, info.rows).reshape(info.shape)
 
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def read_rows(self, name: str, start: int, stop: int, *, into: torch.Tensor | None = None) -> torch.Tensor:
         """Rows ``start`` to ``stop`` along the first dimension, shape ``[stop - start, row_elements]``, dtype of the file.
+
+        ``into``: a flat tensor of that dtype with room for the rows, whose memory is used instead of new memory.
 
         Raises:
             InvalidData: the file is shorter than its header says.
         """
         info = self.tensors[name]
-        row_bytes = info.row_elements * info.dtype.itemsize
-        buffer = bytearray((stop - start) * row_bytes)
-        view = memoryview(buffer)
-        offset = info.start + start * row_bytes
+        count = (stop - start) * info.row_elements
+        flat = torch.empty(count, dtype=info.dtype) if into is None else into[:count]
+        view = _bytes(flat)
+        offset = info.start + start * info.row_elements * info.dtype.itemsize
         while view:
-            count = os.preadv(self._file.fileno(), [view], offset)
-            if count == 0:
+            read = os.preadv(self._file.fileno(), [view], offset)
+            if read == 0:
                 raise InvalidData(f"{self.path.name}: ends inside tensor {name}; the file is truncated.", param=self.path.name)
-            view, offset = view[count:], offset + count
-        flat = torch.frombuffer(buffer, dtype=info.dtype) if buffer else torch.empty(0, dtype=info.dtype)
-        return flat.reshape(stop - start, info.row_elements)
+            view, offset = view[read:], offset + read
+        return flat.view(stop - start, info.row_elements)
 
     def close(self) -> None:
         self._file.close()
@@ -125,6 +127,11 @@ class TensorFile:
         if position != size:
             raise InvalidData(f"{self.path.name}: {size} bytes where the header describes {position}; truncated?", param=self.path.name)
         return {info.name: info for info in sorted(tensors, key=lambda info: info.start)}
+
+
+def _bytes(flat: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(flat.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _info(name: str, entry: dict, base: int) -> TensorInfo:
@@ -168,11 +175,21 @@ class ShardWriter:
         encoded += b" " * (-len(encoded) % 8)
         self._size = 8 + len(encoded) + offset
         self._path = path
+        self._digest = hashlib.sha256()
         self._file = path.open("wb")
-        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+        self._put(memoryview(len(encoded).to_bytes(8, "little") + encoded))
+
+    @property
+    def sha256(self) -> str:
+        """Of the bytes written so far; of the file, once it is complete."""
+        return self._digest.hexdigest()
 
     def write(self, rows: torch.Tensor) -> None:
-        self._file.write(memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        self._put(_bytes(rows.contiguous()))
+
+    def _put(self, data: memoryview) -> None:
+        self._digest.update(data)
+        self._file.write(data)
 
     def __enter__(self) -> ShardWriter:
         return self

@@ -1,4 +1,4 @@
-"""The model that adapters are merged into: its config, its shards, and the files beside the weights."""
+"""A model directory as it is read: its config, its shards, and the files beside the weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COPIED = re.compile(
 )
 
 
-class BaseModelFiles:
+class ModelFiles:
     """An opened model directory; shards are checked before anything is read from them."""
 
     def __init__(self, directory: Path) -> None:
