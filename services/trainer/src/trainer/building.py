@@ -10,6 +10,7 @@ from parampara.errors import InvalidData
 from parampara.schemas.stages import DaptConfig, SftConfig
 from trainer.backends import Choice, LoadRequest
 from trainer.loop import StageLoop
+from trainer.methods import adapter_parameters, restore_adapter
 from trainer.plan import Plan
 from trainer.precision import Hardware
 from trainer.rows import StageData
@@ -30,10 +31,13 @@ def load_model(config: Config, choice: Choice, hardware: Hardware) -> Any:
         dtype=hardware.torch_dtype,
         max_seq_length=train.max_seq_length,
         gradient_checkpointing=train.gradient_checkpointing,
+        load_in_4bit=train.load_in_4bit,
         seed=config.seed,
     )
     try:
         return choice.module.load(request)
+    except InvalidData:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise InvalidData(f"{config.model}: can not be loaded for LoRA training ({str(error)[:300]}).", param="model") from error
 
@@ -46,37 +50,50 @@ def build_trainer(
     from trl import SFTConfig
 
     set_seed(config.seed)
-    train = config.params.train
-    arguments = SFTConfig(
-        output_dir=str(workdir / "trainer"),
-        max_steps=plan.steps,
-        per_device_train_batch_size=train.per_device_train_batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type=train.lr_scheduler_type,
-        warmup_steps=math.ceil(train.warmup_ratio * plan.steps),
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        optim=hardware.optimizer,
-        bf16=hardware.dtype == "bfloat16",
-        fp16=hardware.dtype == "float16",
-        use_cpu=hardware.device.type == "cpu",
-        gradient_checkpointing=train.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
-        loss_type="nll",
-        seed=config.seed,
-        # rows come tokenized, in a planned order; StageLoop logs, validates and saves
-        max_length=None,
-        padding_free=False,  # one flattened row per batch would need attention that keeps rows apart, which a CPU has not
-        dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False,
-        logging_strategy="no",
-        eval_strategy="no",
-        save_strategy="no",
-        logging_nan_inf_filter=False,
-        report_to=[],
-        disable_tqdm=True,
-    )
+    arguments = SFTConfig(**training_arguments(config, hardware=hardware, steps=plan.steps, workdir=workdir))
     rows = Dataset.from_dict({"input_ids": [row.input_ids for row in data.train], "labels": [row.labels for row in data.train]})
     kind: Any = type("StageTrainer", (StageLoop, choice.module.trainer_base()), {})
-    return kind(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    adapter = adapter_parameters(model)
+    trainer = kind(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    restore_adapter(model, adapter)
+    return trainer
+
+
+def optimizer_taken(trainer: Any) -> str:
+    """The optimizer that the library really uses: on a CPU Unsloth takes another than a paged one."""
+    return str(getattr(trainer.args.optim, "value", trainer.args.optim))
+
+
+def training_arguments(config: Config, *, hardware: Hardware, steps: int, workdir: Path) -> dict[str, Any]:
+    """Keyword arguments of ``trl.SFTConfig``."""
+    train = config.params.train
+    return {
+        "output_dir": str(workdir / "trainer"),
+        "max_steps": steps,
+        "per_device_train_batch_size": train.per_device_train_batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.lr_scheduler_type,
+        "warmup_steps": math.ceil(train.warmup_ratio * steps),
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "optim": hardware.optimizer,
+        "bf16": hardware.dtype == "bfloat16",
+        "fp16": hardware.dtype == "float16",
+        "use_cpu": hardware.device.type == "cpu",
+        "gradient_checkpointing": train.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if train.gradient_checkpointing else None,
+        "loss_type": "nll",
+        "seed": config.seed,
+        # rows come tokenized, in a planned order; StageLoop logs, validates and saves
+        "max_length": None,
+        "padding_free": False,  # one flattened row per batch would need attention that keeps rows apart, which a CPU has not
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "remove_unused_columns": False,
+        "logging_strategy": "no",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_nan_inf_filter": False,
+        "report_to": [],
+        "disable_tqdm": True,
+    }

@@ -23,9 +23,10 @@ from parampara.manifest import weights_fingerprint
 from parampara.progress import Progress
 from parampara.schemas.stages import TrainParams, TrainResult
 from trainer.backends import Choice
-from trainer.building import Config, build_trainer, load_model
+from trainer.building import Config, build_trainer, load_model, optimizer_taken
 from trainer.checkpoints import CheckpointStore
 from trainer.loop import Ledger, RunContext, append_metrics, read_ledger, truncate_metrics
+from trainer.methods import trained_in
 from trainer.output import read_lineage, write_output
 from trainer.plan import Plan, plan_batches
 from trainer.precision import Hardware, choose_hardware, peak_memory_bytes
@@ -47,6 +48,8 @@ def train_adapter(
     params = config.params
     hardware = choose_hardware(params.train.precision, params.train.optim)
     progress.event(f"backend {choice.name}: {choice.reason}", backend=choice.name, device=hardware.device.type, dtype=hardware.dtype)
+    if params.train.load_in_4bit:
+        progress.event("the adapter is trained on a 4-bit copy of the base and merged into the base itself: the two differ", level="warn")
     progress.phase("prepare data")
     base_sha256 = weights_fingerprint(_model_directory(config.model))
     lineage = read_lineage(config.model, base_sha256)
@@ -62,6 +65,8 @@ def train_adapter(
         trainer = build_trainer(
             config, choice=choice, hardware=hardware, model=model, tokenizer=tokenizer, data=data, plan=plan, workdir=workdir
         )
+        if (taken := optimizer_taken(trainer)) != hardware.optimizer:
+            progress.event(f"the backend takes the optimizer {taken} instead of {hardware.optimizer} here", level="warn")
         resumed = _attach(trainer, config, hardware=hardware, data=data, plan=plan, store=store, workdir=workdir, progress=progress)
         if resumed is None:
             _measure_before(trainer, progress)
@@ -231,7 +236,8 @@ def _result(
         backend_reason=choice.reason,
         base_sha256=base_sha256,
         dtype=hardware.dtype,
-        optimizer=hardware.optimizer,
+        trained_in=trained_in(config.params.train, hardware),
+        optimizer=optimizer_taken(trainer),
         steps=plan.steps,
         epochs=plan.epoch_at(plan.steps),
         trained_tokens=ledger.tokens,

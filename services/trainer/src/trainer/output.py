@@ -16,6 +16,7 @@ from parampara.errors import InvalidData
 from parampara.schemas.stages import DaptConfig, SftConfig, TrainResult
 from parampara.storage import fsync_directory, fsync_tree
 from trainer.loop import require_finite
+from trainer.methods import adapter_arguments
 from trainer.rows import StageData
 
 TOKENIZER_FILES = (
@@ -105,7 +106,7 @@ def _write_adapter(directory: Path, *, model: Any, config: DaptConfig | SftConfi
     tensors = {name: state[name].detach().to("cpu").contiguous().clone() for name in sorted(state)}
     require_finite(tensors)
     save_file(tensors, str(directory / "adapter_model.safetensors"), metadata={"format": "pt"})
-    described = LoraConfig(**config.params.lora.model_dump(), bias="none", task_type="CAUSAL_LM", inference_mode=True).to_dict()
+    described = LoraConfig(**adapter_arguments(config.params.lora), task_type="CAUSAL_LM", inference_mode=True).to_dict()
     # not a path of this machine: the weights themselves are the name of the base
     described["base_model_name_or_path"] = f"sha256:{base_sha256}"
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in described.items()}

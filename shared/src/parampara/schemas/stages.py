@@ -35,15 +35,34 @@ def _regular_expression(text: str) -> str:
     return text
 
 
+ModuleEnd = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*$")]
+
+
 class LoraParams(Strict):
     """Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685): W + (alpha / r) B A."""
 
     r: Annotated[int, Field(ge=1, le=512)] = 16
     lora_alpha: Annotated[float, Field(gt=0, le=4096)] = 32
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    target_modules: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*$")]], Field(min_length=1)] = LINEAR_PROJECTIONS
+    target_modules: Annotated[list[ModuleEnd], Field(min_length=1)] = LINEAR_PROJECTIONS
     """Ends of module names, e.g. ``q_proj`` or ``self_attn.q_proj``."""
     use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023, arXiv 2312.03732); lets high ranks learn."""
+    use_dora: bool = False
+    """Train magnitude and direction of each weight apart (Liu et al. 2024, arXiv 2402.09353); slower, better at low ranks."""
+    init_lora_weights: Literal[True, "gaussian", "orthogonal"] = True
+    """How A and B start; of PEFT's ways those that leave the base's own weights as they are. ``True``: A random, B zero."""
+    rank_pattern: dict[ModuleEnd, Annotated[int, Field(ge=1, le=512)]] = {}
+    """Other ranks for some modules, e.g. ``{"layers.0.self_attn.q_proj": 32, "down_proj": 8}``; no module may fit two entries."""
+    alpha_pattern: dict[ModuleEnd, Annotated[float, Field(gt=0, le=4096)]] = {}
+    """Other ``lora_alpha`` for some modules, likewise."""
+
+    @model_validator(mode="after")
+    def _orthogonal_rows_come_in_pairs(self) -> LoraParams:
+        odd = [rank for rank in (self.r, *self.rank_pattern.values()) if rank % 2]
+        if self.init_lora_weights == "orthogonal" and odd:
+            raise ValueError(f"init_lora_weights orthogonal needs even ranks, r or rank_pattern has {odd[0]}")
+        return self
 
 
 class TrainParams(Strict):
@@ -62,6 +81,9 @@ class TrainParams(Strict):
     optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch", "adamw_torch_fused", "adamw_8bit"] = "adamw_torch"
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     gradient_checkpointing: bool = True
+    load_in_4bit: bool = False
+    """QLoRA (Dettmers et al. 2023, arXiv 2305.14314): the frozen base in NF4 with double quantization, a quarter of its memory. The merge
+    goes onto the unquantized base, so the merged model is not exactly the one that was trained; the parity gates tell how far off."""
     packing: bool = True
     eval_steps: Annotated[int, Field(ge=1)] | None = None
     checkpoint_steps: Annotated[int, Field(ge=1)] = 50
@@ -69,19 +91,29 @@ class TrainParams(Strict):
     logging_steps: Annotated[int, Field(ge=1)] = 1
 
 
-class DaptParams(Strict):
-    """Domain-adaptive pretraining on plain text (Gururangan et al. 2020, arXiv 2004.10964)."""
+class AdapterParams(Strict):
+    """What both training stages have: an adapter and how it is trained."""
 
     lora: LoraParams = LoraParams()
     train: TrainParams = TrainParams()
+
+    @model_validator(mode="after")
+    def _four_bits_start_as_usual(self) -> AdapterParams:
+        if self.train.load_in_4bit and self.lora.init_lora_weights == "orthogonal":
+            raise ValueError("lora.init_lora_weights orthogonal does not work with train.load_in_4bit: PEFT draws it in the base's format")
+        return self
+
+
+class DaptParams(AdapterParams):
+    """Domain-adaptive pretraining on plain text (Gururangan et al. 2020, arXiv 2004.10964)."""
+
     chunk_tokens: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
     validation_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.05
 
 
-class SftParams(Strict):
+class SftParams(AdapterParams):
     """Supervised fine-tuning on question and answer; the loss counts answer tokens only."""
 
-    lora: LoraParams = LoraParams()
     train: TrainParams = TrainParams(epochs=3, packing=False)
     validation_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.05
     system_prompt: Annotated[str, Field(max_length=8000)] | None = None
@@ -176,6 +208,8 @@ class TrainResult(Strict):
     base_sha256: str
     """Fingerprint of the weights the adapter was trained on (:func:`parampara.storage.weights_fingerprint`)."""
     dtype: Dtype
+    trained_in: str = ""
+    """Number format of the frozen base: ``nf4`` under ``load_in_4bit``, else ``dtype``."""
     optimizer: str = ""
     steps: int
     epochs: float

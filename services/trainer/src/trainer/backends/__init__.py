@@ -27,6 +27,7 @@ class LoadRequest:
     """A ``torch.dtype``."""
     max_seq_length: int
     gradient_checkpointing: bool
+    load_in_4bit: bool
     seed: int
 
 

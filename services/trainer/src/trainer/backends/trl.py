@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from trainer.backends import LoadRequest
+from trainer.methods import adapter_arguments, check_modules, four_bit_base
 
 
 def load(request: LoadRequest) -> Any:
@@ -14,14 +15,18 @@ def load(request: LoadRequest) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    quantized = {"quantization_config": four_bit_base(request.dtype), "device_map": {"": device}} if request.load_in_4bit else {}
     model: Any = AutoModelForCausalLM.from_pretrained(
-        str(request.model), dtype=request.dtype, attn_implementation="sdpa", trust_remote_code=False, local_files_only=True
+        str(request.model), dtype=request.dtype, attn_implementation="sdpa", trust_remote_code=False, local_files_only=True, **quantized
     )
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if not request.load_in_4bit:  # quantized weights are made on their device
+        model.to(device)
+    check_modules(model, request.lora)
     if request.gradient_checkpointing:
         model.enable_input_require_grads()
     torch.manual_seed(request.seed)
-    return get_peft_model(model, LoraConfig(**request.lora.model_dump(), bias="none", task_type="CAUSAL_LM"))
+    return get_peft_model(model, LoraConfig(**adapter_arguments(request.lora), task_type="CAUSAL_LM"))
 
 
 def trainer_base() -> type:

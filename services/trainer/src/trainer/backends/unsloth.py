@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.backends import LoadRequest
+from trainer.methods import adapter_arguments, check_modules
 
 
 def load(request: LoadRequest) -> Any:
@@ -15,14 +16,14 @@ def load(request: LoadRequest) -> Any:
         str(request.model),
         max_seq_length=request.max_seq_length,
         dtype=request.dtype,
-        load_in_4bit=False,
+        load_in_4bit=request.load_in_4bit,  # NF4 with double quantization, as trainer.methods.four_bit_base
         local_files_only=True,
         trust_remote_code=False,
     )
+    check_modules(model, request.lora)
     return FastLanguageModel.get_peft_model(
         model,
-        **request.lora.model_dump(),
-        bias="none",
+        **adapter_arguments(request.lora),
         use_gradient_checkpointing="unsloth" if request.gradient_checkpointing else False,
         random_state=request.seed,
         max_seq_length=request.max_seq_length,
