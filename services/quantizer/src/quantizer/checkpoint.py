@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 _EIGHT_BITS = {"I8", "F8_E4M3", "F8_E5M2"}
+_PACKED = ".weight_packed"
+"""End of a name under which compressed-tensors stores four eight-bit weights in each int32."""
 _OF_THE_PARENT = ("config.json", "merge.json", MANIFEST_NAME)
 """Files that describe the parent's own weights: the product has its own, or none."""
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
@@ -72,14 +74,16 @@ def copy_companions(model: Path, output: Path) -> None:
 
 
 def quantized_weights(output: Path) -> list[str]:
-    """Names of the weight tensors that are stored in eight bits."""
+    """Names of the weight tensors that are stored in eight bits, packed ones among them."""
     from safetensors import safe_open
 
     names: list[str] = []
     for shard in sorted(output.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as tensors:
-            stored = [name for name in tensors.keys() if name.endswith(".weight")]  # noqa: SIM118 (a file, not a mapping)
-            names += [name for name in stored if tensors.get_slice(name).get_dtype() in _EIGHT_BITS]
+            stored = list(tensors.keys())
+            names += [name for name in stored if name.endswith(_PACKED)]
+            plain = [name for name in stored if name.endswith(".weight")]
+            names += [name for name in plain if tensors.get_slice(name).get_dtype() in _EIGHT_BITS]
     return names
 
 

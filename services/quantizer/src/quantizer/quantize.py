@@ -1,4 +1,4 @@
-"""Stage quantize: a merged model in, an eight-bit model that vLLM serves out.
+"""Stage quantize: a merged model in, an eight-bit model that vLLM serves out (``w8a16`` needs a GPU there).
 
 The schemes of the parameters are tried in order. Each attempt is recorded with the reason that was found or raised; the
 first that gives a checkpoint which answers like its parent is kept. Nothing of a failed attempt remains.
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 from parampara.errors import InvalidData, InvalidRequest, OutOfMemory, Preempted
 from parampara.execution import stop
 from parampara.progress import Progress
-from parampara.schemas.stages import QuantizeConfig, QuantizeParams, QuantizeResult, Scheme, SchemeAttempt
+from parampara.schemas.stages import QuantizeConfig, QuantizeResult, Scheme, SchemeAttempt
 from parampara.storage import fsync_tree
-from quantizer.backends import SchemeUnavailable, bitsandbytes, unsloth
+from quantizer.backends import SchemeUnavailable, bitsandbytes, compressed, unsloth
 from quantizer.checkpoint import Agreement, agreement, faults_as, next_token_log_probs, quantized_weights, read_config, weight_bytes
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def run(config: QuantizeConfig, *, workdir: Path, progress: Progress) -> Quantiz
 
     Raises:
         InvalidData: the model directory is not a complete, unquantized model.
+        Diverged: a weight of the model is infinite or not a number.
         InvalidRequest: no scheme of ``params.schemes`` could run; the message holds every reason.
         OutOfMemory: the model does not fit this machine in the scheme that ran.
         Preempted: asked to stop; the next attempt starts the stage again.
@@ -96,17 +97,24 @@ def _of_the_parent(model: Path) -> torch.Tensor:
         return next_token_log_probs(model)
 
 
-def _write_unsloth(model: Path, staging: Path, params: QuantizeParams) -> None:
-    unsloth.write(model, staging, save_method=params.unsloth_save_method, scratch=staging.parent / "scratch")
+def _write_unsloth(config: QuantizeConfig, staging: Path, progress: Progress) -> None:
+    unsloth.write(config.model, staging, save_method=config.params.unsloth_save_method, scratch=staging.parent / "scratch")
 
 
-def _write_bitsandbytes(model: Path, staging: Path, params: QuantizeParams) -> None:
-    bitsandbytes.write(model, staging)
+def _write_bitsandbytes(config: QuantizeConfig, staging: Path, progress: Progress) -> None:
+    bitsandbytes.write(config.model, staging)
 
 
-_WRITERS: dict[Scheme, Callable[[Path, Path, QuantizeParams], None]] = {
+def _write_streamed(config: QuantizeConfig, staging: Path, progress: Progress, *, scheme: compressed.StreamedScheme) -> None:
+    compressed.write(config.model, staging, scheme=scheme, progress=progress)
+
+
+_WRITERS: dict[Scheme, Callable[[QuantizeConfig, Path, Progress], None]] = {
     "unsloth": _write_unsloth,
     "bitsandbytes": _write_bitsandbytes,
+    "w8a8": functools.partial(_write_streamed, scheme="w8a8"),
+    "w8a16": functools.partial(_write_streamed, scheme="w8a16"),
+    "fp8": functools.partial(_write_streamed, scheme="fp8"),
 }
 
 
@@ -117,7 +125,7 @@ def _attempt(
     import torch
 
     try:
-        _WRITERS[scheme](config.model, staging, config.params)
+        _WRITERS[scheme](config, staging, progress)
         _poll()
         progress.phase(f"check {scheme}")
         return check(expected(), staging)

@@ -124,11 +124,15 @@ class MergeParams(Strict):
     max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 5_000_000_000
 
 
-Scheme = Literal["unsloth", "bitsandbytes"]
+Scheme = Literal["unsloth", "bitsandbytes", "w8a8", "w8a16", "fp8"]
 
 
 class QuantizeParams(Strict):
-    """Ways to eight bits, tried in order; the result records which one ran and why the earlier ones could not."""
+    """Ways to eight bits, tried in order; the result records which one ran and why the earlier ones could not.
+
+    ``w8a8``, ``w8a16`` and ``fp8`` are this project's own writer of compressed-tensors checkpoints, ``unsloth`` is its eight-bit
+    export, ``bitsandbytes`` is LLM.int8. docs/quantization.md says when to take which.
+    """
 
     schemes: Annotated[list[Scheme], Field(min_length=1)] = ["unsloth", "bitsandbytes"]
     unsloth_save_method: Literal["int8", "w8a8", "w8a16", "fp8"] = "w8a8"
