@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parampara.manifest import weights_fingerprint
 from parampara.schemas.stages import DaptParams, EvaluateConfig, EvaluateParams, QaData, SftParams, TextData, TrainParams
 from tests.tiny_models import make_adapter, make_model
 
@@ -47,22 +48,33 @@ def make_line(root: Path) -> Line:
     base = make_model(root / "base", seed=0, dtype="float16", hidden=48)
     merge(base, make_adapter(base, root / "dapt_adapter", seed=1), root / "dapt_merged", dtype="float32")
     merge(root / "dapt_merged", make_adapter(root / "dapt_merged", root / "sft_adapter", seed=2), root / "merged", dtype="float16")
-    for adapter in ("dapt_adapter", "sft_adapter"):
+    for adapter, trained_on in (("dapt_adapter", base), ("sft_adapter", root / "dapt_merged")):
         for name in COMPANIONS[:3]:
             shutil.copyfile(base / name, root / adapter / name)
+        name_base(root / adapter, trained_on)
     quantize(root / "merged", root / "quantized")
     (root / "book.txt").write_text("\n\n".join(f"The dasha of {planet} follows the star that {planet} rules. " * 6 for planet in PLANETS))
     write_rows(root / "qa.jsonl", rows())
     return Line(root)
 
 
-def merge(model: Path, adapter: Path, output: Path, *, dtype: str, scale: float = 1.0) -> Path:
-    """Merge with PEFT; ``scale`` other than 1 makes the mistake of a wrong LoRA scale."""
+def name_base(adapter: Path, model: Path) -> None:
+    """Write into an adapter what it was trained on, as the trainer does."""
+    path = adapter / "adapter_config.json"
+    described = {**json.loads(path.read_text()), "base_model_name_or_path": f"sha256:{weights_fingerprint(model)}"}
+    path.write_text(json.dumps(described))
+
+
+def merge(model: Path, adapter: Path, output: Path, *, dtype: str, scale: float = 1.0, transposed: bool = False) -> Path:
+    """Merge with PEFT; ``scale`` other than 1 makes the mistake of a wrong LoRA scale, ``transposed`` that of adding (BA)^T to the
+    matrices that are square, where nothing fails by shape."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     adapted: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), str(adapter))
+    if transposed:
+        _transpose_square_deltas(adapted)
     for module in adapted.modules():
         if isinstance(getattr(module, "scaling", None), dict):
             module.scaling = {name: value * scale for name, value in module.scaling.items()}
@@ -70,6 +82,18 @@ def merge(model: Path, adapter: Path, output: Path, *, dtype: str, scale: float 
     for name in COMPANIONS:
         shutil.copyfile(model / name, output / name)
     return output
+
+
+def _transpose_square_deltas(adapted: Any) -> None:
+    """(BA)^T = A^T B^T: the factors change places."""
+    import torch
+
+    for module in adapted.modules():
+        if not hasattr(module, "lora_A") or module.in_features != module.out_features:
+            continue
+        for name in module.lora_A:
+            down, up = module.lora_A[name].weight.data.clone(), module.lora_B[name].weight.data.clone()
+            module.lora_A[name].weight.data, module.lora_B[name].weight.data = torch.clone(up.T), torch.clone(down.T)
 
 
 def quantize(model: Path, output: Path) -> None:

@@ -15,6 +15,7 @@ from evaluator.line import members
 from parampara.errors import InvalidData, InvalidRequest, Preempted
 from parampara.execution import stop
 from parampara.progress import SilentProgress
+from parampara.schemas.ledger import ParityLedger
 from parampara.schemas.metrics import is_reported
 from parampara.schemas.stages import EvaluateParams, EvaluateResult, Gate
 from tests.evaluator.lines import FORMATS, Line
@@ -49,7 +50,7 @@ def test_every_promised_metric_is_there(done: tuple[EvaluateResult, Recorded]) -
     models = ["base", "dapt", "sft", "quantized"]
     for prefix in ("perplexity", "exact", "validation_loss"):
         assert {f"{prefix}.{model}" for model in models} <= metrics.keys()
-    parity = ["kl", "top1", "greedy_match", "greedy_prefix", "chat_template", "generation_config"]
+    parity = ["kl", "top1", "greedy_match", "greedy_prefix", "perplexity_change", "tokenizer", "chat_template", "generation_config"]
     for transition in ("dapt", "merged", "quantized"):
         assert {f"parity.{transition}.{name}" for name in parity} <= metrics.keys()
     assert {
@@ -87,9 +88,11 @@ def test_gates_decide(done: tuple[EvaluateResult, Recorded]) -> None:
 
 def test_the_output_is_the_report_and_nothing_else_remains(done: tuple[EvaluateResult, Recorded]) -> None:
     result = done[0]
-    assert {path.name for path in result.output.iterdir()} == {"report.json", "report.html"}
+    assert {path.name for path in result.output.iterdir()} == {"report.json", "report.html", "ledger.json"}
     assert {path.name for path in result.output.parent.iterdir()} == {"output"}
     assert EvaluateResult.model_validate_json((result.output / "report.json").read_text()).metrics == result.metrics
+    ledger = ParityLedger.model_validate_json((result.output / "ledger.json").read_text())
+    assert ledger.metrics() == {name: value for name, value in result.metrics.items() if name.startswith("parity.")}
 
 
 def test_samples_hold_every_models_answer_in_both_languages(done: tuple[EvaluateResult, Recorded]) -> None:

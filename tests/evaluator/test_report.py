@@ -10,6 +10,7 @@ from pathlib import Path
 
 from evaluator.curves import Curve, draw, read_curves
 from evaluator.report import figure, render, write
+from parampara.schemas.ledger import LedgerModel, LedgerProbes, LedgerTransition, ParityLedger
 from parampara.schemas.stages import EvaluateResult, GateResult, Sample
 
 NASTY = "<script>alert('x')</script> & \"quotes\""
@@ -33,11 +34,6 @@ def result() -> EvaluateResult:
         "quantize.perplexity_increase": 0.0009,
         "size.merged_bytes": 100.0,
         "size.quantized_bytes": 60.0,
-        "parity.merged.kl": 2e-8,
-        "parity.merged.chat_template": 1.0,
-        "parity.merged.generation_config": 0.0,
-        "parity.merged.differs_from_base": 1.0,
-        "parity.merged.base_kl": 0.4,
         "format.cites_rule": 0.97,
         "language.hinglish": 0.91,
     }
@@ -46,19 +42,38 @@ def result() -> EvaluateResult:
     return EvaluateResult(output=Path("/secret/place"), metrics=metrics, gates=[missed], decision="hold", samples=[sample], seconds=12.0)
 
 
+def ledger() -> ParityLedger:
+    base, sft = (
+        LedgerModel(name=name, weights_sha256=digit * 64, tokenizer_sha256=None, chat_template_sha256="c" * 64)
+        for name, digit in (("base", "a"), ("sft", "b"))
+    )
+    step = LedgerTransition(
+        name="merged",
+        reference="sft_adapter",
+        candidate="sft",
+        kl=2e-8,
+        perplexity_change=0.0004,
+        tokenizer=1,
+        chat_template=0.75,
+        generation_config=0,
+    )
+    probes = LedgerProbes(sha256="d" * 64, conversations=16, tokens=900, rendered_sha256="e" * 64)
+    return ParityLedger(probes=probes, models=[base, sft], transitions=[step])
+
+
 def test_nothing_of_the_data_can_become_markup() -> None:
-    page = render(result(), [Curve(title=NASTY, train=CURVE.train, validation=CURVE.validation)])
+    page = render(result(), ledger(), [Curve(title=NASTY, train=CURVE.train, validation=CURVE.validation)])
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 4
 
 
 def test_nothing_is_loaded_from_elsewhere() -> None:
-    page = render(result(), [CURVE])
+    page = render(result(), ledger(), [CURVE])
     assert not re.findall(r"""(?:src|href)\s*=|url\(|@import|https?://""", page)
 
 
 def test_gates_metrics_parity_and_samples_are_shown() -> None:
-    text = _text(render(result(), [CURVE]))
+    text = _text(render(result(), ledger(), [CURVE]))
     for shown in [
         "hold",
         "not measured",
@@ -67,6 +82,9 @@ def test_gates_metrics_parity_and_samples_are_shown() -> None:
         "63.6 %",
         "2.0e-08",
         "differs",
+        "differs in 25.0 %",
+        "+0.04 %",
+        "b" * 12,
         "97.0 %",
         "Answer: Ketu",
         "+0.09 %",
@@ -77,7 +95,7 @@ def test_gates_metrics_parity_and_samples_are_shown() -> None:
 
 
 def test_json_is_the_result_without_the_machines_path(tmp_path: Path) -> None:
-    write(result(), [], directory=tmp_path)
+    write(result(), ledger(), [], directory=tmp_path)
     stored = EvaluateResult.model_validate_json((tmp_path / "report.json").read_text())
     assert stored == result().model_copy(update={"output": Path(".")})
     assert "/secret" not in (tmp_path / "report.json").read_text() + (tmp_path / "report.html").read_text()

@@ -11,20 +11,22 @@ from pathlib import Path
 from evaluator import metrics, parity, report
 from evaluator.answers import compile_formats, generate
 from evaluator.curves import Curve, read_curves
+from evaluator.entries import write_ledger
 from evaluator.ledger import Ledger
-from evaluator.line import GREEDY_PROBE_TOKENS, Material, Measured, Member, members, read_material, work
+from evaluator.line import GREEDY_PROBE_TOKENS, Material, Measured, Member, check_weights, members, read_material, work
 from evaluator.meter import Meter
 from evaluator.models import Loaded, common_dtype, loaded
 from evaluator.perplexity import answer_sequences, loss
 from parampara import gates
 from parampara.errors import OutOfMemory
 from parampara.progress import Progress
+from parampara.schemas.ledger import ParityLedger
 from parampara.schemas.stages import EvaluateConfig, EvaluateResult
 from parampara.storage import fsync_tree
 
 
 def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> EvaluateResult:
-    """Evaluate a line of models into ``workdir / "output"`` (report.json, report.html).
+    """Evaluate a line of models into ``workdir / "output"`` (report.json, report.html, ledger.json).
 
     Raises:
         InvalidData: a model directory or held-out file is not what it has to be.
@@ -37,6 +39,7 @@ def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> Evaluat
     progress.phase("read held-out data")
     material = read_material(config)
     line = members(config)
+    check_weights(line)
     meter = Meter(progress, total=sum(work(member, material) for member in line))
     if material.held_out.trained_on:
         total = len(material.held_out.questions)
@@ -44,8 +47,9 @@ def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> Evaluat
     scratch = workdir / "probes"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        measured, ledger = measure_line(config, line, material, scratch=scratch, meter=meter)
-        values = metrics.collect(config, line, measured, material, ledger)
+        measured, recorded = measure_line(config, line, material, scratch=scratch, meter=meter)
+        ledger = write_ledger(line, material, recorded, meter=meter)
+        values = metrics.collect(config, measured, material, ledger)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     known = {name: value for name, value in sorted(values.items()) if math.isfinite(value)}
@@ -61,7 +65,7 @@ def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> Evaluat
         seconds=time.monotonic() - started,
     )
     meter.phase("write report")
-    _publish(result, read_curves(dapt=config.dapt_adapter, sft=config.sft_adapter), workdir=workdir)
+    _publish(result, ledger, read_curves(dapt=config.dapt_adapter, sft=config.sft_adapter), workdir=workdir)
     return result
 
 
@@ -108,11 +112,12 @@ def _measure_held_out(model: Loaded, config: EvaluateConfig, material: Material,
     return Measured(text=text, answer=answer, answers=generate(model, questions, max_new_tokens=config.params.max_new_tokens, meter=meter))
 
 
-def _publish(result: EvaluateResult, curves: list[Curve], *, workdir: Path) -> None:
+def _publish(result: EvaluateResult, ledger: ParityLedger, curves: list[Curve], *, workdir: Path) -> None:
     staging = workdir / "staging"
     shutil.rmtree(staging, ignore_errors=True)
     shutil.rmtree(result.output, ignore_errors=True)
     staging.mkdir()
-    report.write(result, curves, directory=staging)
+    (staging / "ledger.json").write_text(ledger.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    report.write(result, ledger, curves, directory=staging)
     fsync_tree(staging)
     os.rename(staging, result.output)

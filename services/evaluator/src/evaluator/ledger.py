@@ -1,7 +1,7 @@
 """The ledger of a line: its transitions, each compared as soon as both sides are recorded, and no recording kept longer than needed.
 
 A recording of an 8B model takes gigabytes (64 probes of 100 tokens over a vocabulary of 128,256 are 3.3 GB), so at most three lie
-on the disk at a time: the base, the model before the last transition, and the last one.
+on the disk at a time: the base, which every model is to differ from, the model before the last transition, and the last one.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Ledger:
     """Takes recordings in the order of the line; afterwards it knows how the sides of every transition agree."""
 
     def __init__(self, line: Sequence[Member], meter: Meter) -> None:
-        pairs = [("base", "sft")]
+        pairs = []
         for step in transitions(line):
-            pairs.append((step.reference.name, step.candidate.name))
+            pairs += [(step.reference.name, step.candidate.name), ("base", step.candidate.name)]
             if step.origin is not None:
                 pairs.append((step.reference.name, step.origin.name))
         self._open = set(pairs)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from evaluator import parity
 from evaluator.heldout import HeldOut, read_held_out
-from evaluator.models import load_tokenizer
+from evaluator.models import load_tokenizer, require_whole
 from evaluator.perplexity import Loss, Scored, text_sequences
 from parampara.errors import InvalidData
 from parampara.schemas.stages import EvaluateConfig
@@ -73,6 +74,17 @@ def members(config: EvaluateConfig) -> list[Member]:
     if config.quantized is not None:
         line.append(Member("quantized", config.quantized))
     return line
+
+
+def check_weights(line: Sequence[Member]) -> None:
+    """Look at every weight file's header before hours go into measuring.
+
+    Raises:
+        InvalidData: a shard is missing, cut off or no safetensors file, or does not hold what the index says.
+    """
+    directories = [directory for member in line for directory in (member.directory, member.adapter) if directory is not None]
+    for directory in dict.fromkeys(directories):
+        require_whole(directory)
 
 
 def read_material(config: EvaluateConfig) -> Material:

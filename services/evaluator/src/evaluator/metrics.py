@@ -5,25 +5,21 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from evaluator import parity
 from evaluator.answers import Question, answer_part, exact_rates, format_rates, normalise, share
 from evaluator.language import Language, language_rate
-from evaluator.ledger import Ledger, Transition, transitions
-from evaluator.line import Material, Measured, Member
-from evaluator.models import load_tokenizer
+from evaluator.line import Material, Measured
+from parampara.schemas.ledger import ParityLedger
 from parampara.schemas.stages import EvaluateConfig, Sample
 
 _SAMPLES = 8
 _RATED_LANGUAGES: list[Language] = ["english", "hinglish"]
 
 
-def collect(
-    config: EvaluateConfig, line: list[Member], measured: dict[str, Measured], material: Material, ledger: Ledger
-) -> dict[str, float]:
+def collect(config: EvaluateConfig, measured: dict[str, Measured], material: Material, ledger: ParityLedger) -> dict[str, float]:
     """Every metric of the line; a value may be infinite or NaN where a model is broken."""
     questions = material.held_out.questions
     sizes = {f"size.{name}_bytes": float(_weight_bytes(path)) for name, path in _weights(config).items()}
-    return _parity(line, material, ledger) | _losses(measured) | _answer_rates(config, measured, questions) | sizes
+    return ledger.metrics() | _losses(measured) | _answer_rates(config, measured, questions) | sizes
 
 
 def samples(questions: list[Question], measured: dict[str, Measured]) -> list[Sample]:
@@ -43,36 +39,6 @@ def samples(questions: list[Question], measured: dict[str, Measured]) -> list[Sa
         )
         for _, index in sorted(ranked)[:_SAMPLES]
     ]
-
-
-def _parity(line: list[Member], material: Material, ledger: Ledger) -> dict[str, float]:
-    """Each transition that the line has, and whether the final model is another one than the base."""
-    metrics: dict[str, float] = {}
-    for transition in transitions(line):
-        metrics |= _transition(transition, material, ledger)
-    change = ledger.agreement("base", "sft")
-    if change is not None:
-        metrics["parity.merged.base_kl"] = change.kl
-        metrics["parity.merged.differs_from_base"] = float(change.kl >= parity.DIFFERS_KL)
-    return metrics
-
-
-def _transition(transition: Transition, material: Material, ledger: Ledger) -> dict[str, float]:
-    prefix, reference, candidate = f"parity.{transition.name}", transition.reference, transition.candidate
-    before, after = load_tokenizer(reference.source), load_tokenizer(candidate.source)
-    metrics = {
-        f"{prefix}.chat_template": parity.same_prompts(before, after, material.held_out.probes),
-        f"{prefix}.generation_config": parity.same_generation_config(reference.directory, candidate.directory),
-    }
-    agreement = ledger.agreement(reference.name, candidate.name)
-    if agreement is None:
-        return metrics
-    metrics |= agreement.metrics(transition.name)
-    if transition.origin is not None:
-        changed = ledger.agreement(reference.name, transition.origin.name)
-        assert changed is not None  # one model with and without its adapter
-        metrics[f"{prefix}.recovered"] = parity.recovered(agreement.kl, changed.kl)
-    return metrics
 
 
 def _losses(measured: dict[str, Measured]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from parampara.datasets import chat
 from parampara.datasets.chat import Conversation, token_ids
 from parampara.errors import InvalidData
+from parampara.weights.tensor_files import TensorFile
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -89,6 +90,28 @@ def loaded(name: str, directory: Path, adapter: Path | None = None, *, dtype: to
             torch.cuda.empty_cache()
 
 
+def require_whole(directory: Path) -> None:
+    """Check the header of every weight file of a model or adapter directory against its size, and the index against the headers.
+
+    Raises:
+        InvalidData: a file is missing, cut off or no safetensors file, or a tensor of the index is not where it should be.
+    """
+    found: dict[str, set[str]] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with TensorFile(path) as shard:
+                found[path.name] = set(shard.tensors)
+        except InvalidData as error:
+            raise InvalidData(f"{directory}: {error.message}", param=path.name) from None
+    if not found:
+        raise InvalidData(f"{directory} holds no *.safetensors file.", param="model")
+    for tensor, shard in _index(directory).items():
+        if shard not in found:
+            raise InvalidData(f"{directory}: shard {shard} is missing.", param=shard)
+        if tensor not in found[shard]:
+            raise InvalidData(f"{directory}: tensor {tensor} is not in {shard}, where the index says it is.", param=shard)
+
+
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a model or adapter directory.
 
@@ -120,8 +143,22 @@ def segments(tokenizer: Any, conversation: Conversation) -> list[tuple[list[int]
 
 
 def _open(directory: Path, adapter: Path | None, *, dtype: torch.dtype | str, device: int | str) -> Any:
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device_map={"": device}, local_files_only=True)
+    opened: Any = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, device_map={"": device}, local_files_only=True, output_loading_info=True
+    )
+    model, told = opened
+    if missing := sorted(told["missing_keys"]):  # the library would only warn, and draw random weights
+        raise InvalidData(f"{directory}: {len(missing)} tensors are missing, the first of them {missing[0]}.", param="model")
     return (model if adapter is None else PeftModel.from_pretrained(model, str(adapter))).eval()
+
+
+def _index(directory: Path) -> dict[str, str]:
+    """Tensor to shard, as the index of a sharded checkpoint says; empty for one file."""
+    path = directory / "model.safetensors.index.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"]) if path.is_file() else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidData(f"{path} cannot be read: {error}", param="model") from None
 
 
 def _config(directory: Path) -> dict[str, Any]:

@@ -8,10 +8,10 @@ import torch
 
 from evaluator.meter import Meter
 from evaluator.models import Loaded
-from parampara.datasets.scored import Loss, Scored, answer_sequences, batches, text_sequences
+from parampara.datasets.scored import Loss, Scored, answer_sequences, batches, longest_first, text_sequences
 from parampara.errors import InvalidData
 
-__all__ = ["Loss", "Scored", "answer_sequences", "log_probs", "loss", "text_sequences"]
+__all__ = ["Loss", "Scored", "answer_sequences", "log_probs", "longest_first", "loss", "text_sequences"]
 
 _LOGITS = 1 << 26
 """Logit values computed at once: 256 MiB in float32."""
@@ -38,7 +38,7 @@ def loss(model: Loaded, sequences: Sequence[Scored], meter: Meter) -> Loss:
 def log_probs(model: Loaded, sequences: Sequence[Scored]) -> Iterator[torch.Tensor]:
     """Log-probabilities of the next token after each counted token of each sequence.
 
-    One float32 tensor on CPU of shape (counted tokens, vocabulary) per sequence, longest sequence first: the same order for every model.
+    One float32 tensor on CPU of shape (counted tokens, vocabulary) per sequence, in the order of :func:`longest_first`.
     """
     for batch in _batches(model, sequences):
         ids, seen = _padded(model, batch)

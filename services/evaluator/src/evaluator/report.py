@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from evaluator import curves
 from evaluator.curves import Curve
+from parampara.schemas.ledger import ParityLedger
 from parampara.schemas.stages import EvaluateResult
 
 MODELS = ["base", "dapt", "sft", "quantized"]
@@ -38,19 +39,19 @@ class Headline:
     note: str
 
 
-def write(result: EvaluateResult, history: Sequence[Curve], *, directory: Path) -> None:
+def write(result: EvaluateResult, ledger: ParityLedger, history: Sequence[Curve], *, directory: Path) -> None:
     """Write report.json (the result, its path left out) and report.html into ``directory``."""
     stored = result.model_copy(update={"output": Path(".")})
     (directory / "report.json").write_text(stored.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    (directory / "report.html").write_text(render(result, history), encoding="utf-8")
+    (directory / "report.html").write_text(render(result, ledger, history), encoding="utf-8")
 
 
-def render(result: EvaluateResult, history: Sequence[Curve]) -> str:
+def render(result: EvaluateResult, ledger: ParityLedger, history: Sequence[Curve]) -> str:
     """The HTML page; every value that came from data or models is escaped."""
     environment = Environment(
         loader=PackageLoader("evaluator", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"figure": figure, "percent": percent, "bound": _bound}
+    environment.filters |= {"figure": figure, "percent": percent, "bound": _bound, "change": change}
     metrics = result.metrics
     return environment.get_template("report.html.j2").render(
         result=result,
@@ -59,10 +60,8 @@ def render(result: EvaluateResult, history: Sequence[Curve]) -> str:
         charts=[(curve.title, curves.draw(curve)) for curve in history],
         models=[(name, _MODEL_TITLES[name]) for name in MODELS if f"perplexity.{name}" in metrics],
         metrics=metrics,
-        transitions=[
-            (name, title, _below(metrics, f"parity.{name}")) for name, title in _TRANSITIONS.items() if _below(metrics, f"parity.{name}")
-        ],
-        differs=metrics.get("parity.merged.differs_from_base"),
+        ledger=ledger,
+        transition_titles=_TRANSITIONS,
         groups=[(title, _below(metrics, prefix)) for prefix, title in _GROUP_TITLES.items() if _below(metrics, prefix)],
         formats=_below(metrics, "format"),
         languages={name: rate for name, rate in _below(metrics, "language").items() if "." not in name},
@@ -80,6 +79,11 @@ def figure(value: float | None) -> str:
 
 def percent(value: float) -> str:
     return f"{value * 100:.1f} %"
+
+
+def change(value: float) -> str:
+    """A relative change with its sign, in per cent."""
+    return f"{value * 100:+.2f} %"
 
 
 def _bound(gate: Any) -> str:
@@ -110,7 +114,7 @@ def _headlines(metrics: dict[str, float]) -> list[Headline]:
         headlines.append(_change("Books after SFT", metrics, "perplexity.dapt", "perplexity.sft", note=note))
     if "quantize.perplexity_increase" in metrics:
         size = metrics["size.quantized_bytes"] / metrics["size.merged_bytes"]
-        note = f"{metrics['quantize.perplexity_increase'] * 100:+.2f} % perplexity, {percent(size)} of the size"
+        note = f"{change(metrics['quantize.perplexity_increase'])} perplexity, {percent(size)} of the size"
         headlines.append(Headline("Eight bits", percent(metrics["exact.sft"]), percent(metrics["exact.quantized"]), note))
     return headlines
 

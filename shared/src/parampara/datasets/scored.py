@@ -57,12 +57,17 @@ def answer_sequences(tokenizer: Any, conversations: Sequence[Conversation], *, m
     return [sequence for sequence in cut if any(sequence.counted)]
 
 
+def longest_first(sequences: Sequence[Scored]) -> list[Scored]:
+    """The order in which sequences are run: the same for every model, and memory runs out at the start if at all."""
+    return sorted(sequences, key=lambda sequence: -len(sequence.ids))
+
+
 def batches(sequences: Sequence[Scored], *, tokens: int, rows: int) -> Iterator[list[Scored]]:
     """The sequences longest first, in batches of at most ``rows`` that hold at most ``tokens`` tokens, padding included.
 
     A sequence that is longer by itself is a batch of one.
     """
-    waiting = sorted(sequences, key=lambda sequence: -len(sequence.ids))
+    waiting = longest_first(sequences)
     while waiting:
         fitting = max(1, min(rows, tokens // len(waiting[0].ids)))
         yield waiting[:fitting]

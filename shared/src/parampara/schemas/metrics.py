@@ -20,8 +20,8 @@ METRICS = (
     "language.english|hinglish",
     "language.reference.english|hinglish",
     "quantize.perplexity_increase|exact_change|same_answer",
-    "parity.<transition>.kl|top1|greedy_match|greedy_prefix|recovered|chat_template|generation_config",
-    "parity.merged.base_kl|differs_from_base",
+    "parity.<transition>.kl|top1|greedy_match|greedy_prefix|perplexity_change|recovered|base_kl|differs_from_base|adapter_base",
+    "parity.<transition>.tokenizer|chat_template|generation_config",
     "size.base_bytes|merged_bytes|quantized_bytes",
 )
 """Fractions, not per cent. ``kind`` and ``language`` are those of the questions, ``name`` is one of ``params.formats``."""
