@@ -22,8 +22,11 @@ SCHEME = {
 }
 
 
-def compress(model: Path, output: Path) -> Path:
-    """Round every projection of ``model`` to int8, one scale per output row; the rest of the directory stays as it is."""
+def compress(model: Path, output: Path, *, largest: int = 127) -> Path:
+    """Round every projection of ``model`` to int8, one scale per output row; the rest of the directory stays as it is.
+
+    ``largest`` below 127 uses fewer of the eight bits: a coarser model in the same format.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -33,7 +36,7 @@ def compress(model: Path, output: Path) -> Path:
         if not name.endswith("_proj.weight"):
             tensors[name] = tensor
             continue
-        scale = tensor.float().abs().amax(1, keepdim=True) / 127
+        scale = tensor.float().abs().amax(1, keepdim=True) / largest
         tensors[name] = (tensor.float() / scale).round().to(torch.int8)
         tensors[f"{name}_scale"] = scale.to(tensor.dtype)
     save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})

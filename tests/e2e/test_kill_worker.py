@@ -50,7 +50,7 @@ RECIPE = {
     "stages": {
         "dapt": {"lora": {"r": 4}, "train": {**TRAIN, "packing": True}, "chunk_tokens": 64},
         "sft": {"lora": {"r": 4}, "train": {**TRAIN, "packing": False}},
-        "quantize": {"schemes": ["bitsandbytes"]},
+        "quantize": {"schemes": ["bitsandbytes"], "max_questions": 2, "max_chunks": 2},
         "evaluate": {"max_new_tokens": 4, "max_questions": 2, "max_chunks": 2, "parity_prompts": 2},
         "deploy": None,
     },

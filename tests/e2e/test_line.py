@@ -48,6 +48,7 @@ def test_the_line_from_base_model_to_cited_answer(tmp_path: Path, open_home: Pat
         recipe["stages"][stage]["train"].update(values)
         recipe["stages"][stage]["train"].update(checkpoint_steps=4 if stage == "dapt" else 50)
     recipe["stages"]["evaluate"].update(max_questions=16, max_chunks=4, parity_prompts=4)
+    recipe["stages"]["quantize"].update(max_questions=16, max_chunks=4)
     recipe["stages"]["deploy"]["alias"] = "expert"  # the demo asks where its recipe deploys, whatever the name
     recipe["gates"] = GATES
     path = tmp_path / "quick.yaml"

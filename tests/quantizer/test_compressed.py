@@ -36,7 +36,7 @@ class Steps(SilentProgress):
 
     def step(self, step: int, total: int, **metrics: float) -> None:
         self.seen.append((step, total))
-        if step == self._stop_at:
+        if len(self.seen) == self._stop_at:
             stop.request()
 
 
@@ -130,7 +130,7 @@ def test_a_wish_to_stop_is_heard_between_tensors_and_nothing_is_left(parent: Pat
     steps = Steps(stop_at=3)
     with pytest.raises(Preempted):
         run(config, workdir=tmp_path, progress=steps)
-    assert steps.seen[-1][0] == 3
+    assert len(steps.seen) == 3
     assert not list(tmp_path.iterdir())
 
 

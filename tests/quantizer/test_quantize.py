@@ -19,6 +19,7 @@ from parampara.progress import SilentProgress
 from parampara.schemas.stages import QuantizeConfig, QuantizeParams, QuantizeResult
 from quantizer.backends import SchemeUnavailable, bitsandbytes, unsloth
 from quantizer.checkpoint import next_token_log_probs, quantized_weights
+from quantizer.gate import measure
 from quantizer.quantize import check, run
 from tests.compressed import compress
 from tests.tiny_models import make_model
@@ -69,7 +70,7 @@ def test_the_config_names_the_method_and_the_type_that_vllm_serves(quantized: Qu
 def test_companions_are_the_parents_byte_for_byte(parent: Path, quantized: QuantizeResult) -> None:
     for name in COMPANIONS:
         assert (quantized.output / name).read_bytes() == (parent / name).read_bytes(), name
-    assert {path.name for path in quantized.output.iterdir()} == {*COMPANIONS, "config.json", "model.safetensors"}
+    assert {path.name for path in quantized.output.iterdir()} == {*COMPANIONS, "config.json", "model.safetensors", "quantize.json"}
 
 
 def test_the_saved_model_answers_like_its_float32_parent_and_reloads_to_the_same_bits(parent: Path, quantized: QuantizeResult) -> None:
@@ -89,12 +90,12 @@ def test_files_are_readable_for_a_model_server_of_another_user(quantized: Quanti
 def test_a_checkpoint_of_another_model_is_refused(quantized: QuantizeResult, tmp_path: Path) -> None:
     stranger = make_model(tmp_path / "stranger", seed=7, dtype="float16")
     with pytest.raises(SchemeUnavailable, match="does not answer like its parent"):
-        check(next_token_log_probs(stranger), quantized.output)
+        check(measure(stranger), quantized.output)
 
 
 def test_a_checkpoint_without_eight_bit_weights_is_refused(parent: Path) -> None:
     with pytest.raises(SchemeUnavailable, match="no eight-bit weight"):
-        check(next_token_log_probs(parent), parent)
+        check(measure(parent), parent)
 
 
 def test_a_model_that_is_already_quantized_is_refused(quantized: QuantizeResult, tmp_path: Path) -> None:
@@ -123,7 +124,7 @@ def test_tied_heads_stay_whole(tmp_path: Path) -> None:
     model = make_model(tmp_path / "tied", tied=True, dtype="float16")
     (tmp_path / "out").mkdir()
     bitsandbytes.write(model, tmp_path / "out")
-    assert check(next_token_log_probs(model), tmp_path / "out").kl < 5e-3
+    assert check(measure(model), tmp_path / "out").kl < 5e-3
 
 
 def nothing_in_it(model: Path, output: Path) -> None:

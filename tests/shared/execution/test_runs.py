@@ -40,6 +40,10 @@ def test_a_run_goes_through_all_stages_and_is_served(queue: Any) -> None:
             storage.verify(job.artifact_id)
     assert parents["merge"] == [jobs["dapt"].artifact_id, jobs["sft"].artifact_id]
     assert parents["quantize"] == [jobs["merge"].artifact_id]
+    # schemes are held against what the evaluation measures on
+    configs = {name: json.loads((queue.settings.work_dir / jobs[name].id / "config.json").read_text()) for name in ("quantize", "evaluate")}
+    for key in ("text", "qa", "dapt_params", "sft_params", "seed"):
+        assert configs["quantize"][key] == configs["evaluate"][key] is not None, key
     # the adapter of SFT was trained on a merge in the precision of DAPT; the final merge is in the recipe's
     assert "float32" in (storage.path(jobs["merge_dapt"].artifact_id) / "merged.txt").read_text()
     assert "float16" in (storage.path(jobs["merge"].artifact_id) / "merged.txt").read_text()

@@ -87,19 +87,29 @@ def quantized_weights(output: Path) -> list[str]:
     return names
 
 
-def next_token_log_probs(model: Path) -> torch.Tensor:
-    """Log-probabilities of a saved model on fixed probe tokens, float32 on CPU, shape (probes, tokens, vocabulary).
-
-    The probes are drawn from a fixed seed over the whole vocabulary, so parent and child see the same ones. On a GPU the
-    model runs in its stored type, on CPU an unquantized one runs in float32.
-    """
+def open_model(model: Path) -> Any:
+    """A saved model in evaluation mode. On a GPU it runs in its stored type, on CPU an unquantized one runs in float32."""
     import torch
     from transformers import AutoModelForCausalLM
 
     quantized = "quantization_config" in json.loads((model / "config.json").read_text(encoding="utf-8"))
     device: int | str = 0 if torch.cuda.is_available() else "cpu"
     dtype = "auto" if quantized or device == 0 else torch.float32
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map={"": device}, local_files_only=True).eval()
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map={"": device}, local_files_only=True).eval()
+
+
+def next_token_log_probs(model: Path) -> torch.Tensor:
+    """:func:`probe_log_probs` of a saved model."""
+    return probe_log_probs(open_model(model))
+
+
+def probe_log_probs(loaded: Any) -> torch.Tensor:
+    """Log-probabilities of a model on fixed probe tokens, float32 on CPU, shape (probes, tokens, vocabulary).
+
+    The probes are drawn from a fixed seed over the whole vocabulary, so parent and child see the same ones.
+    """
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, loaded.config.get_text_config().vocab_size, (_PROBES, _PROBE_TOKENS), generator=generator)
     with torch.inference_mode():
@@ -116,12 +126,12 @@ def faults_as(error: Callable[[str], ParamparaError]) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (ImportError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as fault:
+    except (ImportError, OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as fault:
         raise error(f"{type(fault).__name__}: {str(fault)[:300]}") from fault
 
 
 def agreement(parent: torch.Tensor, child: torch.Tensor) -> Agreement:
-    """Compare two results of :func:`next_token_log_probs`; NaN in the child gives a NaN ``kl``."""
+    """Compare two results of :func:`probe_log_probs`; NaN in the child gives a NaN ``kl``."""
     kl = (parent.exp() * (parent - child)).sum(-1).mean()
     top1 = (parent.argmax(-1) == child.argmax(-1)).float().mean()
     return Agreement(kl=float(kl), top1=float(top1))

@@ -1,31 +1,37 @@
 """Stage quantize: a merged model in, an eight-bit model that vLLM serves out (``w8a16`` needs a GPU there).
 
-The schemes of the parameters are tried in order. Each attempt is recorded with the reason that was found or raised; the
-first that gives a checkpoint which answers like its parent is kept. Nothing of a failed attempt remains.
+The schemes of the parameters are tried in order. Each attempt is recorded with its figures, or with the reason that was found or
+raised; the first that gives a checkpoint which predicts held-out text and answers nearly as well as its parent is kept. Nothing of
+another attempt remains.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 import resource
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from parampara.errors import InvalidData, InvalidRequest, OutOfMemory, Preempted
 from parampara.execution import stop
 from parampara.progress import Progress
-from parampara.schemas.stages import QuantizeConfig, QuantizeResult, Scheme, SchemeAttempt
+from parampara.schemas.stages import QuantizeConfig, QuantizeParams, QuantizeResult, Scheme, SchemeAttempt
 from parampara.storage import fsync_tree
 from quantizer.backends import SchemeUnavailable, bitsandbytes, compressed, unsloth
-from quantizer.checkpoint import Agreement, agreement, faults_as, next_token_log_probs, quantized_weights, read_config, weight_bytes
+from quantizer.checkpoint import faults_as, quantized_weights, read_config, weight_bytes
+from quantizer.gate import NOTHING, Figures, HeldOut, Measured, compare, measure, read_held_out
+from quantizer.part import Part
 
-if TYPE_CHECKING:
-    import torch
-
+RECORD = "quantize.json"
+"""The result, kept beside the weights."""
+_NOT_RECORDED: Any = {"output": True, "seconds": True, "peak_memory_bytes": True, "attempts": {"__all__": {"seconds"}}}
+"""What differs from run to run: equal inputs give equal files."""
 MAX_KL = 0.1
 """Nats per token above which a checkpoint is broken rather than rounded: LLM.int8 and W8A8 measure 1e-5 to 1e-2."""
 
@@ -34,9 +40,10 @@ def run(config: QuantizeConfig, *, workdir: Path, progress: Progress) -> Quantiz
     """Quantize ``config.model`` into ``workdir / "output"``.
 
     Raises:
-        InvalidData: the model directory is not a complete, unquantized model.
+        InvalidData: the model directory is not a complete, unquantized model, or the held-out data is faulty.
         Diverged: a weight of the model is infinite or not a number.
-        InvalidRequest: no scheme of ``params.schemes`` could run; the message holds every reason.
+        InvalidRequest: no scheme of ``params.schemes`` could run and stay below ``params.max_degradation``; the message holds every
+            reason and figure.
         OutOfMemory: the model does not fit this machine in the scheme that ran.
         Preempted: asked to stop; the next attempt starts the stage again.
     """
@@ -44,57 +51,67 @@ def run(config: QuantizeConfig, *, workdir: Path, progress: Progress) -> Quantiz
     read_config(config.model)
     staging, output = workdir / "staging", workdir / "output"
     shutil.rmtree(output, ignore_errors=True)
+    _poll()
+    progress.phase("read held-out data")
+    held_out = read_held_out(config)
+    if not held_out.texts and not held_out.answers:
+        progress.event("No held-out data was given: schemes are not held against max_degradation.", level="warn")
+    parent = _Parent(config.model, held_out)
     attempts: list[SchemeAttempt] = []
-    total = len(config.params.schemes) + 1
-    # asked for once something is written: until then a GPU belongs to the process that writes
-    expected = functools.cache(lambda: _of_the_parent(config.model))
-    for index, scheme in enumerate(config.params.schemes):
+    schemes = config.params.schemes
+    for index, scheme in enumerate(schemes):
         _poll()
         shutil.rmtree(staging, ignore_errors=True)
-        progress.phase(f"quantize with {scheme}")
-        try:
-            measured = _attempt(scheme, config, staging, progress, expected=expected)
-        except SchemeUnavailable as unavailable:
-            attempts.append(SchemeAttempt(scheme=scheme, ok=False, reason=unavailable.message))
-            progress.event(f"{scheme} cannot run: {unavailable.message}", level="warn", scheme=scheme)
-            progress.step(index + 1, total)
-            continue
-        finally:
-            shutil.rmtree(workdir / "scratch", ignore_errors=True)
-        reason = f"checked against its parent: KL {measured.kl:.2e} nats per token, same most likely token {measured.top1:.1%}"
-        attempts.append(SchemeAttempt(scheme=scheme, ok=True, reason=reason))
-        progress.step(total, total, kl=measured.kl, top1=measured.top1)
-        return _publish(config, staging, output, attempts=attempts, started=started)
-    shutil.rmtree(staging, ignore_errors=True)
-    told = "; ".join(f"{attempt.scheme}: {attempt.reason}" for attempt in attempts)
-    raise InvalidRequest(f"No scheme of params.schemes could run. {told}", param="params.schemes", code="no_scheme_ran")
+        part = Part(progress, begin=index / len(schemes), end=(index + 1) / len(schemes))
+        attempt = _attempt(scheme, config, staging, part, parent=parent)
+        attempts.append(attempt)
+        if attempt.ok:
+            progress.event(f"{scheme} is kept: {attempt.reason}", scheme=scheme)
+            Part(progress).step(1, 1, **_finite(attempt))
+            return _publish(config, staging, output, attempts=attempts, held_out=held_out, started=started)
+        progress.event(f"{scheme} is not taken: {attempt.reason}", level="warn", scheme=scheme)
+        part.step(1, 1, **_finite(attempt))
+    raise _none_kept(config.params, attempts)
 
 
-def check(expected: torch.Tensor, written: Path) -> Agreement:
-    """Load a written checkpoint from its files and compare it with ``expected``, its parent's :func:`next_token_log_probs`.
+def check(expected: Measured, written: Path, held_out: HeldOut = NOTHING, *, progress: Progress | None = None) -> Figures:
+    """Load a written checkpoint from its files and compare it with ``expected``, which was measured on its parent with ``held_out``.
 
     Raises:
         SchemeUnavailable: it cannot be loaded, nothing is in eight bits, the output head is too, or it does not answer like its parent.
         OutOfMemoryError, MemoryError: it does not fit this machine.
+        Preempted: asked to stop.
     """
     with faults_as(lambda fault: SchemeUnavailable(f"The written checkpoint cannot be loaded: {fault}")):
         names = quantized_weights(written)
-        got = next_token_log_probs(written)
+        got = measure(written, held_out, progress, check_stop=_poll)
     if not names:
         raise SchemeUnavailable("The written checkpoint holds no eight-bit weight.")
     if heads := [name for name in names if name.startswith("lm_head")]:
         raise SchemeUnavailable(f"The output head was quantized too ({heads[0]}): answers would change.")
-    if got.shape != expected.shape:
-        raise SchemeUnavailable(f"The checkpoint has a vocabulary of {got.shape[-1]}, its parent one of {expected.shape[-1]}.")
-    measured = agreement(expected, got)
-    if not measured.kl <= MAX_KL:
-        raise SchemeUnavailable(f"The checkpoint does not answer like its parent: KL {measured.kl:.3g} nats per token, limit {MAX_KL}.")
-    return measured
+    if got.probes.shape != expected.probes.shape:
+        vocabularies = got.probes.shape[-1], expected.probes.shape[-1]
+        raise SchemeUnavailable(f"The checkpoint has a vocabulary of {vocabularies[0]}, its parent one of {vocabularies[1]}.")
+    figures = compare(expected, got)
+    if not figures.kl <= MAX_KL:
+        raise SchemeUnavailable(f"The checkpoint does not answer like its parent: KL {figures.kl:.3g} nats per token, limit {MAX_KL}.")
+    return figures
 
 
-def _of_the_parent(model: Path) -> torch.Tensor:
-    with faults_as(lambda fault: InvalidData(f"{model} cannot be loaded ({fault}).", param="model")):
-        return next_token_log_probs(model)
+class _Parent:
+    """Measures the parent once, when something is written: until then a GPU belongs to the process that writes."""
+
+    def __init__(self, model: Path, held_out: HeldOut) -> None:
+        self.held_out = held_out
+        self._model = model
+        self._measured: Measured | None = None
+
+    def measured(self, progress: Progress) -> Measured:
+        if self._measured is None:
+            progress.phase("measure the unquantized model")
+            with faults_as(lambda fault: InvalidData(f"{self._model} cannot be loaded ({fault}).", param="model")):
+                self._measured = measure(self._model, self.held_out, progress, check_stop=_poll)
+        return self._measured
 
 
 def _write_unsloth(config: QuantizeConfig, staging: Path, progress: Progress) -> None:
@@ -118,40 +135,77 @@ _WRITERS: dict[Scheme, Callable[[QuantizeConfig, Path, Progress], None]] = {
 }
 
 
-def _attempt(
-    scheme: Scheme, config: QuantizeConfig, staging: Path, progress: Progress, *, expected: Callable[[], torch.Tensor]
-) -> Agreement:
-    """Write and check one checkpoint; leaves ``staging`` only if it is good."""
+def _attempt(scheme: Scheme, config: QuantizeConfig, staging: Path, progress: Part, *, parent: _Parent) -> SchemeAttempt:
+    """Write and measure one checkpoint; leaves ``staging`` only if it is good and degrades the model little enough."""
     import torch
 
+    began = time.monotonic()
     try:
-        _WRITERS[scheme](config, staging, progress)
+        progress.phase(f"quantize with {scheme}")
+        _WRITERS[scheme](config, staging, progress.within(0, 0.5))
         _poll()
+        expected = parent.measured(progress.within(0.5, 0.75))
         progress.phase(f"check {scheme}")
-        return check(expected(), staging)
+        figures = check(expected, staging, parent.held_out, progress=progress.within(0.75, 1))
+    except SchemeUnavailable as unavailable:
+        shutil.rmtree(staging, ignore_errors=True)
+        return SchemeAttempt(scheme=scheme, ok=False, reason=unavailable.message, seconds=time.monotonic() - began)
     except (MemoryError, torch.OutOfMemoryError) as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise OutOfMemory(f"Out of memory in scheme {scheme}: {error}. Use a machine with more memory.", param="model") from None
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    finally:
+        shutil.rmtree(staging.parent / "scratch", ignore_errors=True)
+    limit = config.params.max_degradation
+    attempt = SchemeAttempt(
+        scheme=scheme,
+        ok=not figures.above(limit),
+        reason=f"{figures.told}; the limit is {limit:+.2%} (params.max_degradation)" if figures.above(limit) else figures.told,
+        **{name: value if value is not None and math.isfinite(value) else None for name, value in asdict(figures).items()},
+        bytes=weight_bytes(staging),
+        seconds=time.monotonic() - began,
+    )
+    if not attempt.ok:
+        shutil.rmtree(staging)
+    return attempt
 
 
-def _publish(config: QuantizeConfig, staging: Path, output: Path, *, attempts: list[SchemeAttempt], started: float) -> QuantizeResult:
+def _none_kept(params: QuantizeParams, attempts: list[SchemeAttempt]) -> InvalidRequest:
+    told = "; ".join(f"{attempt.scheme}: {attempt.reason}" for attempt in attempts)
+    measured = any(attempt.kl is not None for attempt in attempts)
+    within = f" and stay within params.max_degradation ({params.max_degradation:.2%})" if measured else ""
+    return InvalidRequest(f"No scheme of params.schemes could run{within}. {told}", param="params.schemes", code="no_scheme_ran")
+
+
+def _finite(attempt: SchemeAttempt) -> dict[str, float]:
+    figures = attempt.model_dump(include=set(Figures.__dataclass_fields__))
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def _publish(
+    config: QuantizeConfig, staging: Path, output: Path, *, attempts: list[SchemeAttempt], held_out: HeldOut, started: float
+) -> QuantizeResult:
+    result = QuantizeResult(
+        output=output,
+        scheme=attempts[-1].scheme,
+        attempts=attempts,
+        held_out_text_tokens=sum(sum(row.counted) for row in held_out.texts),
+        held_out_answer_tokens=sum(sum(row.counted) for row in held_out.answers),
+        bytes=weight_bytes(staging),
+        parent_bytes=weight_bytes(config.model),
+        quantized_modules=len(quantized_weights(staging)),
+        seconds=time.monotonic() - started,
+        peak_memory_bytes=1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)),
+    )
+    record = result.model_dump_json(indent=2, exclude=_NOT_RECORDED)
+    (staging / RECORD).write_text(record + "\n", encoding="utf-8")
     for path in staging.iterdir():
         path.chmod(0o644)  # safetensors writes 0600, and the model server may run as another user
     fsync_tree(staging)
     os.rename(staging, output)
-    return QuantizeResult(
-        output=output,
-        scheme=attempts[-1].scheme,
-        attempts=attempts,
-        bytes=weight_bytes(output),
-        parent_bytes=weight_bytes(config.model),
-        quantized_modules=len(quantized_weights(output)),
-        seconds=time.monotonic() - started,
-        peak_memory_bytes=1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)),
-    )
+    return result
 
 
 def _poll() -> None:

@@ -198,7 +198,11 @@ def _merge(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Settin
 
 
 def _quantize(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Settings) -> dict[str, Any]:
-    return {"model": inputs["model"][0].path, "params": gathered.spec["params"]}
+    spec = gathered.spec
+    config = {"model": inputs["model"][0].path, "params": spec["params"]}
+    if "text_train" not in inputs:  # a job from before the stage measured on held-out data
+        return config
+    return {**config, **_data(inputs), **{name: spec[name] for name in ("dapt_params", "sft_params", "seed")}}
 
 
 def _evaluate(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Settings) -> dict[str, Any]:
@@ -206,8 +210,7 @@ def _evaluate(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Set
     copied = ("params", "dapt_params", "sft_params", "gates", "seed")
     return {
         **{name: inputs[name][0].path for name in models},
-        "text": {"train": _paths(inputs["text_train"]), "validation": _paths(inputs["text_validation"])},
-        "qa": {"train": _paths(inputs["qa_train"]), "validation": _paths(inputs["qa_validation"])},
+        **_data(inputs),
         **{name: gathered.spec[name] for name in copied},
     }
 
@@ -244,6 +247,10 @@ _ASSEMBLE = {
     "deploy": _deploy,
     "ingest": _ingest,
 }
+
+
+def _data(inputs: dict[str, list[_Input]]) -> dict[str, dict[str, list[Path]]]:
+    return {name: {"train": _paths(inputs[f"{name}_train"]), "validation": _paths(inputs[f"{name}_validation"])} for name in ("text", "qa")}
 
 
 def _paths(items: list[_Input]) -> list[Path]:

@@ -128,7 +128,8 @@ Scheme = Literal["unsloth", "bitsandbytes", "w8a8", "w8a16", "fp8"]
 
 
 class QuantizeParams(Strict):
-    """Ways to eight bits, tried in order; the result records which one ran and why the earlier ones could not.
+    """Ways to eight bits, tried in order, so the fastest to serve comes first: the first that can run here and degrades the model by
+    less than ``max_degradation`` is kept; the result records the figures of every one that was tried, or why it could not run.
 
     ``w8a8``, ``w8a16`` and ``fp8`` are this project's own writer of compressed-tensors checkpoints, ``unsloth`` is its eight-bit
     export, ``bitsandbytes`` is LLM.int8. docs/quantization.md says when to take which.
@@ -136,6 +137,11 @@ class QuantizeParams(Strict):
 
     schemes: Annotated[list[Scheme], Field(min_length=1)] = ["unsloth", "bitsandbytes"]
     unsloth_save_method: Literal["int8", "w8a8", "w8a16", "fp8"] = "w8a8"
+    max_degradation: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Largest relative increase of the perplexity of held-out text, and of held-out answers, that a scheme may cost."""
+    max_chunks: Annotated[int, Field(ge=1)] = 64
+    max_questions: Annotated[int, Field(ge=1)] = 200
+    """Bounds on what the increases are measured on; equal to those of ``evaluate``, both measure the same items."""
 
 
 class EvaluateParams(Strict):
@@ -258,21 +264,47 @@ class MergeResult(Strict):
 
 
 class QuantizeConfig(Strict):
+    """``text`` and ``qa`` are what the model was trained on, with the parameters and seed that say which part was held out. Without
+    them degradation is not measured."""
+
     kind: Literal["quantize"] = "quantize"
     model: Path
+    text: TextData | None = None
+    qa: QaData | None = None
+    dapt_params: DaptParams = DaptParams()
+    sft_params: SftParams = SftParams()
     params: QuantizeParams = QuantizeParams()
+    seed: int = 42
 
 
 class SchemeAttempt(Strict):
+    """One scheme that was tried. Figures are against the parent, and None where the scheme could not run, where there was no data, or
+    where the value is not finite."""
+
     scheme: Scheme
     ok: bool
     reason: str
+    perplexity_increase: float | None = None
+    """Relative, of held-out text: 0.01 is one per cent."""
+    answer_perplexity_increase: float | None = None
+    """Relative, of the answers to held-out questions."""
+    kl: float | None = None
+    """Nats per token on random probes."""
+    top1: float | None = None
+    bytes: int | None = None
+    seconds: float | None = None
+    """Writing and measuring."""
 
 
 class QuantizeResult(Strict):
+    """``output`` holds a complete model directory and quantize.json (this object without paths, times and memory)."""
+
     output: Path
     scheme: Scheme
     attempts: list[SchemeAttempt]
+    held_out_text_tokens: int = 0
+    held_out_answer_tokens: int = 0
+    """How many tokens the increases were measured on; zero: not at all."""
     bytes: int
     parent_bytes: int
     quantized_modules: int
