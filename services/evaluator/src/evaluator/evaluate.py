@@ -8,7 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
-from evaluator import metrics, parity, report
+from evaluator import metrics, parity, plateau, report
 from evaluator.answers import compile_formats, generate
 from evaluator.curves import Curve, read_curves
 from evaluator.entries import write_ledger
@@ -49,7 +49,7 @@ def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> Evaluat
     try:
         measured, recorded = measure_line(config, line, material, scratch=scratch, meter=meter)
         ledger = write_ledger(line, material, recorded, meter=meter)
-        values = metrics.collect(config, measured, material, ledger)
+        values = metrics.collect(config, measured, material, ledger) | _plateau(config)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     known = {name: value for name, value in sorted(values.items()) if math.isfinite(value)}
@@ -92,6 +92,11 @@ def measure_line(
             raise OutOfMemory(f"Out of memory while {member.name} was evaluated: {error}", param="params") from None
         ledger.add(recording)
     return measured, ledger
+
+
+def _plateau(config: EvaluateConfig) -> dict[str, float]:
+    (curve,) = read_curves(dapt=None, sft=config.sft_adapter) or [None]
+    return plateau.metrics(curve.validation) if curve is not None else {}
 
 
 def _record(model: Loaded, config: EvaluateConfig, material: Material, *, scratch: Path, meter: Meter) -> parity.Recording:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evaluator.answers import Question, answer_part
+from evaluator.code_mixing import Lexicon, learn
 from evaluator.language import language_of
 from evaluator.models import Conversation
 from parampara.datasets import QaRow, count_asked_in_both, read_qa
@@ -23,6 +24,8 @@ class HeldOut:
     """Conversations for the parity ledger: the first of ``questions``, answers included."""
     trained_on: int = 0
     """How many of ``questions`` are asked in the training files too: their exact rate tells of memory."""
+    lexicon: Lexicon | None = None
+    """English and Hindi words of the training files; None where they hold one language only."""
 
 
 def read_held_out(config: EvaluateConfig, tokenizer: Any) -> HeldOut:
@@ -45,6 +48,7 @@ def read_held_out(config: EvaluateConfig, tokenizer: Any) -> HeldOut:
         questions=questions,
         probes=[question.conversation for question in questions[: limits.parity_prompts]],
         trained_on=_trained_on(config, rows),
+        lexicon=_lexicon(config),
     )
 
 
@@ -53,6 +57,14 @@ def _trained_on(config: EvaluateConfig, rows: Sequence[QaRow]) -> int:
     if not config.qa.validation:
         return 0
     return count_asked_in_both([row for path in config.qa.train for row in read_qa(path)], rows)
+
+
+def _lexicon(config: EvaluateConfig) -> Lexicon | None:
+    texts: dict[str, list[str]] = {"english": [], "hinglish": []}
+    for path in config.qa.train:
+        for row in read_qa(path):
+            texts.get(_language(row), []).extend((row.question, row.answer))
+    return learn(texts["english"], texts["hinglish"])
 
 
 def _question(row: QaRow, system_prompt: str | None) -> Question:

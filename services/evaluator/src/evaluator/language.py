@@ -33,22 +33,27 @@ phir poora puchha raha rahe rahi sab saath saal se ek sakta sakte sakti saare si
 unke unki unko upar usi uska uske uski usko usmein usme usse wahan waala waale waali wala wale wali wo woh ya yaani yadi
 yahan yahi ye yeh
 """
-_FUNCTION_WORDS = frozenset(_HINDI.split())
+FUNCTION_WORDS = frozenset(_HINDI.split())
 
 
 def language_of(text: str) -> Language:
     """Language of a text by the measure of this module."""
     if _DEVANAGARI.search(text):
         return "hindi"
-    words = _WORD.findall(_LABEL.sub(" ", text).casefold())
+    words = words_of(text)
     if len(words) < MIN_WORDS:
         return "unknown"
     return "hinglish" if function_word_share(words) >= HINGLISH_SHARE else "english"
 
 
+def words_of(text: str) -> list[str]:
+    """Its words in lower case, without numbers and the labels of lines."""
+    return _WORD.findall(_LABEL.sub(" ", text).casefold())
+
+
 def function_word_share(words: Sequence[str]) -> float:
     """Share of lower-case words that are romanised Hindi function words."""
-    return sum(word in _FUNCTION_WORDS for word in words) / len(words)
+    return sum(word in FUNCTION_WORDS for word in words) / len(words)
 
 
 def language_rate(asked: Sequence[str], answers: Sequence[str], language: Language) -> float | None:

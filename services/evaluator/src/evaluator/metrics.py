@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from evaluator import code_mixing, memory
 from evaluator.answers import Question, answer_part, exact_rates, format_rates, normalise, share
 from evaluator.language import Language, language_rate
 from evaluator.line import Material, Measured
@@ -18,8 +19,10 @@ _RATED_LANGUAGES: list[Language] = ["english", "hinglish"]
 def collect(config: EvaluateConfig, measured: dict[str, Measured], material: Material, ledger: ParityLedger) -> dict[str, float]:
     """Every metric of the line; a value may be infinite or NaN where a model is broken."""
     questions = material.held_out.questions
-    sizes = {f"size.{name}_bytes": float(_weight_bytes(path)) for name, path in _weights(config).items()}
-    return ledger.metrics() | _losses(measured) | _answer_rates(config, measured, questions) | sizes
+    sizes = {f"size.{name}_bytes": float(memory.weight_bytes(path)) for name, path in _weights(config).items()}
+    served = config.quantized or config.merged
+    sizes |= memory.metrics(served, config.deploy_params) if config.deploy_params is not None else {}
+    return ledger.metrics() | _losses(measured) | _answer_rates(config, measured, questions) | _mixing(measured, material) | sizes
 
 
 def samples(questions: list[Question], measured: dict[str, Measured]) -> list[Sample]:
@@ -81,14 +84,18 @@ def _answer_rates(config: EvaluateConfig, measured: dict[str, Measured], questio
     return metrics
 
 
+def _mixing(measured: dict[str, Measured], material: Material) -> dict[str, float]:
+    """How the final model mixes English into Hinglish, beside how the data does."""
+    if (lexicon := material.held_out.lexicon) is None:
+        return {}
+    pairs = zip(material.held_out.questions, measured["sft"].answers, strict=True)
+    asked = [(question.reference, answer) for question, answer in pairs if question.language == "hinglish"]
+    return code_mixing.metrics(lexicon, answers=[answer for _, answer in asked], references=[reference for reference, _ in asked])
+
+
 def _weights(config: EvaluateConfig) -> dict[str, Path]:
     named = {"base": config.base, "merged": config.merged, "quantized": config.quantized}
     return {name: path for name, path in named.items() if path is not None}
-
-
-def _weight_bytes(directory: Path) -> int:
-    """Bytes of weights on disk: about what a model server holds in memory beside its cache."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 def _key(name: str) -> str:

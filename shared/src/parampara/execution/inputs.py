@@ -173,7 +173,11 @@ def _cache_key(gathered: Gathered, inputs: dict[str, list[_Input]], params: Any)
     version = STAGE_VERSIONS.get(gathered.kind)
     if version is None:
         return None
-    extra = {key: gathered.spec[key] for key in ("seed", "backend", "dapt_params", "sft_params", "gates") if key in gathered.spec}
+    extra = {
+        key: gathered.spec[key]
+        for key in ("seed", "backend", "dapt_params", "sft_params", "deploy_params", "gates")
+        if key in gathered.spec
+    }
     content = {
         "kind": gathered.kind,
         "version": [parampara.__version__, version],
@@ -212,6 +216,7 @@ def _evaluate(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Set
         **{name: inputs[name][0].path for name in models},
         **_data(inputs),
         **{name: gathered.spec[name] for name in copied},
+        "deploy_params": gathered.spec.get("deploy_params"),
     }
 
 

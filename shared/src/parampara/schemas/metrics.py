@@ -10,7 +10,7 @@ METRICS = (
     "validation_loss.<model>",
     "dapt.perplexity_reduction",
     "dapt.loss.before|after",
-    "sft.validation_loss.before|after",
+    "sft.validation_loss.before|after|trend|above_best",
     "sft.perplexity_change",
     "exact.<model>",
     "exact.kinds_mean",
@@ -19,10 +19,12 @@ METRICS = (
     "format.<name>",
     "language.english|hinglish",
     "language.reference.english|hinglish",
+    "language.cmi|switches.answers|reference|difference",
     "quantize.perplexity_increase|exact_change|same_answer",
     "parity.<transition>.kl|top1|greedy_match|greedy_prefix|perplexity_change|recovered|base_kl|differs_from_base|adapter_base",
     "parity.<transition>.tokenizer|chat_template|generation_config",
     "size.base_bytes|merged_bytes|quantized_bytes",
+    "deploy.memory_bytes|kv_bytes_per_token",
 )
 """Fractions, not per cent. ``kind`` and ``language`` are those of the questions, ``name`` is one of ``params.formats``."""
 

@@ -327,6 +327,8 @@ class EvaluateConfig(Strict):
     dapt_params: DaptParams = DaptParams()
     sft_params: SftParams = SftParams()
     params: EvaluateParams = EvaluateParams()
+    deploy_params: DeployParams | None = None
+    """How the model is to be served, for the estimate of the memory that it will need; None: not to be served."""
     gates: list[Gate] = []
     seed: int = 42
 
@@ -426,3 +428,4 @@ class IngestResult(Strict):
 
 
 DeployConfig.model_rebuild()
+EvaluateConfig.model_rebuild()
