@@ -38,8 +38,7 @@ ARTIFACT_KINDS: dict[Kind, ArtifactKind | None] = {
     "deploy": None,
     "ingest": None,
 }
-        **_training_params(recipe),
-        "deploy_params": recipe.stages.deploy.model_dump(mode="json") if recipe.stages.deploy is not None else None,
+STAGE_VERSIONS: dict[Kind, int] = {"dapt": 2, "sft": 2, "merge": 1, "quantize": 2, "evaluate": 3}
 """Raise one when its stage makes other bytes from equal inputs: earlier products are then not reused. Absent: never reused."""
 DATASETS = ("books", "books_validation", "qa", "qa_validation")
 
@@ -141,13 +140,8 @@ def _evaluate(recipe: Recipe, base: Reference, books: Mapping[str, list[Referenc
     }
     extra = {
         "seed": recipe.seed,
-<<<<<<< HEAD
         **_training_params(recipe),
-=======
-        "dapt_params": recipe.stages.dapt.model_dump(mode="json"),
-        "sft_params": recipe.stages.sft.model_dump(mode="json"),
         "deploy_params": recipe.stages.deploy.model_dump(mode="json") if recipe.stages.deploy is not None else None,
->>>>>>> e2379d7 (Measure what the plan calls plateau, natural code-mixing and fitting the card; gates name the figures)
         "gates": [gate.model_dump(mode="json") for gate in recipe.gates],
     }
     return PlannedJob("evaluate", "evaluate", ("quantize",), inputs, recipe.stages.evaluate.model_dump(mode="json"), extra)
