@@ -78,6 +78,7 @@ def test_a_model_is_deployed_by_name_and_the_alias_moves_when_it_answers(
     assert answer.status_code == 202, answer.text
     deployment = answer.json()
     assert (deployment["status"], deployment["alias"], deployment["active"]) == ("pending", "beta", False)
+    assert deployment["live"] is None
     assert client.get("/v1/aliases/beta").json()["model"] is None
     job = client.get(f"/v1/jobs/{deployment['job_id']}").json()
     assert job["spec"]["params"]["max_model_len"] == 512
@@ -87,6 +88,7 @@ def test_a_model_is_deployed_by_name_and_the_alias_moves_when_it_answers(
     finish(sessions, plane_settings, claim)
     ready = client.get(f"/v1/deployments/{deployment['id']}").json()
     assert (ready["status"], ready["active"], ready["url"]) == ("ready", True, "http://127.0.0.1:8002")
+    assert ready["live"] == {"metrics": {"parity.live.top1": 0.99}, "gates": [], "decision": "promote", "not_measured": None}
     assert client.get("/v1/aliases/beta").json()["model"] == finished["model"]
     assert [item["id"] for item in client.get("/v1/deployments?alias=beta").json()["data"]] == [deployment["id"]]
 

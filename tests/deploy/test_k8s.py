@@ -29,6 +29,7 @@ FLOWS = {
     ("gateway", "model-server", 8002),
     ("gateway", "embedder", 8003),
     ("ingestor", "embedder", 8003),
+    ("deployer", "model-server", 8002),
     ("deployer", "model-server", 8004),
 }
 DATA_FLOWS = {

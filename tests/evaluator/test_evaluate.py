@@ -88,7 +88,7 @@ def test_gates_decide(done: tuple[EvaluateResult, Recorded]) -> None:
 
 def test_the_output_is_the_report_and_nothing_else_remains(done: tuple[EvaluateResult, Recorded]) -> None:
     result = done[0]
-    assert {path.name for path in result.output.iterdir()} == {"report.json", "report.html", "ledger.json"}
+    assert {path.name for path in result.output.iterdir()} == {"report.json", "report.html", "ledger.json", "expectations.json"}
     assert {path.name for path in result.output.parent.iterdir()} == {"output"}
     assert EvaluateResult.model_validate_json((result.output / "report.json").read_text()).metrics == result.metrics
     ledger = ParityLedger.model_validate_json((result.output / "ledger.json").read_text())

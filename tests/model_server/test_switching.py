@@ -96,3 +96,62 @@ def test_a_second_alias_while_the_model_still_loads_waits_for_the_same_start(cli
     (model / "hold").unlink()
     until(ready(client, model))
     assert (model / "started").read_text().count("\n") == 1
+
+
+def trial(client: TestClient, model: Path, *, generation: int, alias: str = "kp") -> dict:
+    body = {"artifact_id": f"sha256:{model.name}", "model_path": str(model), "model_name": f"ft:tiny:{model.name}", "alias": alias}
+    answer = client.put("/deployment", json={**body, "generation": generation, "params": {"alias": alias}, "trial": True})
+    assert answer.status_code == 202, answer.text
+    return answer.json()
+
+
+def judge(client: TestClient, model: Path, *, generation: int, accepted: bool, alias: str = "kp"):
+    body = {"model_name": f"ft:tiny:{model.name}", "alias": alias, "generation": generation, "accepted": accepted}
+    return client.post("/deployment/verdict", json={**body, "reason": "" if accepted else "parity.live.top1 = 0.5"})
+
+
+def test_a_rejected_deployment_gives_way_to_the_one_before(client: TestClient, tmp_path: Path) -> None:
+    old, new = make_model(tmp_path, "old"), make_model(tmp_path, "new")
+    put(client, old)
+    until(ready(client, old))
+    trial(client, new, generation=2)
+    until(ready(client, new))
+    report = judge(client, new, generation=2, accepted=False).json()
+    assert (report["status"], report["generation"], report["error"]) == ("failed", 2, "parity.live.top1 = 0.5")
+    until(lambda: client.get("/deployment").json()["serving"] == "ft:tiny:old")
+    assert client.get("/deployment").json()["status"] == "failed"  # the newest deployment is still the rejected one
+
+
+def test_an_accepted_deployment_is_the_one_to_go_back_to(client: TestClient, tmp_path: Path) -> None:
+    old, new, third = (make_model(tmp_path, name) for name in ("old", "new", "third"))
+    put(client, old)
+    until(ready(client, old))
+    trial(client, new, generation=2)
+    assert judge(client, new, generation=2, accepted=True).json()["error"]["code"] == "wrong_state"  # it has not answered yet
+    until(ready(client, new))
+    assert judge(client, new, generation=2, accepted=True).json()["status"] == "ready"
+    trial(client, third, generation=3)
+    until(ready(client, third))
+    assert judge(client, new, generation=2, accepted=False).json()["error"]["code"] == "superseded"
+    judge(client, third, generation=3, accepted=False)
+    until(lambda: client.get("/deployment").json()["serving"] == "ft:tiny:new")
+
+
+def test_a_first_deployment_that_is_rejected_is_served_no_more(client: TestClient, tmp_path: Path) -> None:
+    model = make_model(tmp_path, "model")
+    trial(client, model, generation=1)
+    until(ready(client, model))
+    report = judge(client, model, generation=1, accepted=False).json()
+    assert (report["status"], report["serving"]) == ("failed", None)
+    put(client, model, generation=2)  # by hand, without a trial
+    until(ready(client, model))
+
+
+def test_a_second_alias_that_is_rejected_leaves_the_model_that_is_served_alone(client: TestClient, tmp_path: Path) -> None:
+    model = make_model(tmp_path, "model")
+    put(client, model)
+    until(ready(client, model))
+    trial(client, model, generation=7, alias="second")
+    report = judge(client, model, generation=7, alias="second", accepted=False).json()
+    assert (report["status"], report["serving"]) == ("failed", "ft:tiny:model")
+    assert (model / "started").read_text().count("\n") == 1

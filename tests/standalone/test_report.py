@@ -30,7 +30,7 @@ def told() -> dict[str, Any]:
             {"stage": "dapt", "status": "succeeded", "seconds": 20.0, "reused": False, "figure": "perplexity 9 → 5", "artifact": None}
         ],
         "curves": {"dapt": [{"step": 1, "loss": 3.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 2.0, "eval_loss": 2.5}], "sft": []},
-        "metrics": {"exact.base": 0.1, "parity.merged.kl": 1e-7, "parity.merged.top1": 1.0},
+        "metrics": {"exact.base": 0.1, "parity.merged.kl": 1e-7, "parity.merged.top1": 1.0, "parity.live.top1": 0.9876},
         "gates": [{"metric": "exact.sft", "value": None, "min": 0.5, "max": None, "action": "hold", "passed": False}],
         "samples": [{"question": "Who?", "language": "english", "expected": "Ketu", "answers": {"sft": "Answer: Ketu", "base": "cow"}}],
         "results": {"quantize": {"attempts": [{"scheme": "unsloth", "ok": False, "reason": "needs a GPU"}]}},
@@ -58,6 +58,7 @@ def test_both_files_are_written_and_hold_the_line(told: dict[str, Any], tmp_path
         "missing",
         "Ashwini is ruled by Ketu.",
         "1.00e-07",
+        "0.9876",
         "needs a GPU",
         "<svg",
         "Answer: Ketu",
@@ -109,3 +110,11 @@ def test_every_stage_has_its_key_figure(kind: str, result: dict[str, Any] | None
     row = report.stage_row(job, measured | books)
     assert words in row["figure"]
     assert row["seconds"] == 2
+
+
+def test_the_deployment_tells_its_speed_and_its_parity() -> None:
+    metrics = {"parity.live.top1": 0.987, "serving.tokens_per_second": 61.4}
+    job = {"name": "deploy", "kind": "deploy", "status": "succeeded", "started_at": None, "reused_from": None, "artifact_id": None}
+    measured = report.stage_row({**job, "result": {"ready_seconds": 29.4, "metrics": metrics}}, {})
+    assert measured["figure"] == "answered after 29 s, same top token as evaluated 98.7%, 61 tokens/s"
+    assert report.stage_row({**job, "result": {"ready_seconds": 29.4}}, {})["figure"] == "answered after 29 s"

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from parampara.errors import InvalidRequest
+from parampara.schemas.metrics import is_live
 from parampara.schemas.recipe import Recipe
 from parampara.schemas.stages import ArtifactKind, DeployParams, Kind
 
@@ -38,7 +39,7 @@ ARTIFACT_KINDS: dict[Kind, ArtifactKind | None] = {
     "deploy": None,
     "ingest": None,
 }
-STAGE_VERSIONS: dict[Kind, int] = {"dapt": 2, "sft": 2, "merge": 1, "quantize": 2, "evaluate": 3}
+STAGE_VERSIONS: dict[Kind, int] = {"dapt": 2, "sft": 2, "merge": 1, "quantize": 2, "evaluate": 4}
 """Raise one when its stage makes other bytes from equal inputs: earlier products are then not reused. Absent: never reused."""
 DATASETS = ("books", "books_validation", "qa", "qa_validation")
 
@@ -105,7 +106,8 @@ def plan_run(recipe: Recipe, datasets: Mapping[str, list[str]]) -> list[PlannedJ
     ]
     if stages.deploy is not None:
         deploy = stages.deploy.model_dump(mode="json")
-        planned.append(PlannedJob("deploy", "deploy", ("quantize", "evaluate"), {"model": [{"job": "quantize"}]}, deploy))
+        inputs = {"model": [{"job": "quantize"}], "evaluation": [{"job": "evaluate"}]}
+        planned.append(PlannedJob("deploy", "deploy", ("quantize", "evaluate"), inputs, deploy, {"gates": _gates(recipe, live=True)}))
     return planned
 
 
@@ -142,7 +144,7 @@ def _evaluate(recipe: Recipe, base: Reference, books: Mapping[str, list[Referenc
         "seed": recipe.seed,
         **_training_params(recipe),
         "deploy_params": recipe.stages.deploy.model_dump(mode="json") if recipe.stages.deploy is not None else None,
-        "gates": [gate.model_dump(mode="json") for gate in recipe.gates],
+        "gates": _gates(recipe, live=False),
     }
     return PlannedJob("evaluate", "evaluate", ("quantize",), inputs, recipe.stages.evaluate.model_dump(mode="json"), extra)
 
@@ -160,6 +162,11 @@ def _data(books: Mapping[str, list[Reference]], qa: Mapping[str, list[Reference]
 def _training_params(recipe: Recipe) -> dict[str, Any]:
     """What says which part of the data was held out."""
     return {"dapt_params": recipe.stages.dapt.model_dump(mode="json"), "sft_params": recipe.stages.sft.model_dump(mode="json")}
+
+
+def _gates(recipe: Recipe, *, live: bool) -> list[dict[str, Any]]:
+    """The recipe's gates on what a deployment measures, or on what the evaluation does."""
+    return [gate.model_dump(mode="json") for gate in recipe.gates if is_live(gate.metric) == live]
 
 
 def _files(file_ids: Sequence[str]) -> list[Reference]:

@@ -204,6 +204,46 @@ def test_held_by_a_gate_succeeds_without_deploying(queue: Any) -> None:
         retry_run(session, run_id)
 
 
+SLOW_SERVER = {"metric": "serving.tokens_per_second", "min": 50}
+
+
+def test_held_by_a_gate_on_the_live_endpoint_succeeds_without_moving_the_alias(queue: Any) -> None:
+    before = queue.start_run(gates=[{"metric": "exact.sft", "min": 0.4, "action": "fail"}])
+    queue.work()
+    run_id = queue.start_run(gates=[{**SLOW_SERVER, "action": "hold"}])
+    queue.work()
+    run, deploy = queue.the_run(run_id), queue.jobs(run_id)["deploy"]
+    assert (run.state, run.gate, run.error) == ("succeeded", "hold", None)
+    assert (deploy.state, deploy.error["code"]) == ("cancelled", "held_by_gate")
+    assert "serving.tokens_per_second = 40.0, wanted at least 50" in deploy.error["message"]
+    assert deploy.result["metrics"] == {"serving.tokens_per_second": 40.0}
+    with queue.sessions() as session:
+        assert session.get_one(Alias, "kp").model == queue.the_run(before).model
+        rows = session.execute(select(Deployment.status, Deployment.error["code"].astext).order_by(Deployment.generation)).all()
+    assert [tuple(row) for row in rows] == [("ready", None), ("failed", "held_by_gate")]
+
+
+def test_failed_by_a_gate_on_the_live_endpoint_fails_the_run(queue: Any) -> None:
+    run_id = queue.start_run(gates=[{**SLOW_SERVER, "action": "fail"}])
+    queue.work()
+    run = queue.the_run(run_id)
+    assert (run.state, run.gate, run.error["code"]) == ("failed", "fail", "gate_failed")
+    assert "the live endpoint missed serving.tokens_per_second" in run.error["message"]
+    with queue.sessions() as session:
+        assert session.get_one(Alias, "kp").model is None
+
+
+def test_a_gate_on_the_live_endpoint_that_only_warns_moves_the_alias(queue: Any) -> None:
+    run_id = queue.start_run(gates=[{**SLOW_SERVER, "action": "promote"}])
+    queue.work()
+    run = queue.the_run(run_id)
+    assert (run.state, run.gate) == ("succeeded", "promote")
+    with queue.sessions() as session:
+        assert session.get_one(Alias, "kp").model == run.model
+        told = session.scalars(select(Event.message).where(Event.run_id == run_id, Event.level == "warn")).all()
+    assert told == ["gate missed: serving.tokens_per_second = 40.0, wanted at least 50.0"]
+
+
 @pytest.mark.parametrize("deploy", ["kp", None])
 def test_failed_by_a_gate_fails_the_run(queue: Any, deploy: str | None) -> None:
     run_id = queue.start_run(gates=[{"metric": "exact.sft", "min": 0.9, "action": "fail"}], deploy=deploy)

@@ -8,7 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
-from evaluator import metrics, parity, plateau, report
+from evaluator import expectations, metrics, parity, plateau, report
 from evaluator.answers import compile_formats, generate
 from evaluator.curves import Curve, read_curves
 from evaluator.entries import write_ledger
@@ -20,13 +20,14 @@ from evaluator.perplexity import answer_sequences, loss
 from parampara import gates
 from parampara.errors import OutOfMemory
 from parampara.progress import Progress
+from parampara.schemas.expectations import FILE_NAME, Expectations
 from parampara.schemas.ledger import ParityLedger
 from parampara.schemas.stages import EvaluateConfig, EvaluateResult
 from parampara.storage import fsync_tree
 
 
 def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> EvaluateResult:
-    """Evaluate a line of models into ``workdir / "output"`` (report.json, report.html, ledger.json).
+    """Evaluate a line of models into ``workdir / "output"`` (report.json, report.html, ledger.json, expectations.json).
 
     Raises:
         InvalidData: a model directory or held-out file is not what it has to be.
@@ -40,7 +41,7 @@ def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> Evaluat
     material = read_material(config)
     line = members(config)
     check_weights(line)
-    meter = Meter(progress, total=sum(work(member, material) for member in line))
+    meter = Meter(progress, total=sum(work(member, material) for member in line) + len(material.expected))
     if material.held_out.trained_on:
         total = len(material.held_out.questions)
         meter.warn(f"{material.held_out.trained_on} of {total} held-out questions are asked in the training files too; bring others.")
@@ -65,7 +66,8 @@ def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> Evaluat
         seconds=time.monotonic() - started,
     )
     meter.phase("write report")
-    _publish(result, ledger, read_curves(dapt=config.dapt_adapter, sft=config.sft_adapter), workdir=workdir)
+    curves = read_curves(dapt=config.dapt_adapter, sft=config.sft_adapter)
+    _publish(result, ledger, curves, measured[line[-1].name].expectations, workdir=workdir)
     return result
 
 
@@ -88,6 +90,8 @@ def measure_line(
             with loaded(member.name, member.directory, member.adapter, dtype=dtype) as model:
                 recording = _record(model, config, material, scratch=scratch, meter=meter)
                 measured[member.name] = _measure_held_out(model, config, material, meter=meter) if member.measured else Measured()
+                if member is line[-1]:
+                    measured[member.name].expectations = _expect(model, member, config, material, meter=meter)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise OutOfMemory(f"Out of memory while {member.name} was evaluated: {error}", param="params") from None
         ledger.add(recording)
@@ -105,6 +109,18 @@ def _record(model: Loaded, config: EvaluateConfig, material: Material, *, scratc
     return parity.record(model, material.probes, directory=scratch, max_new_tokens=new_tokens, meter=meter)
 
 
+def _expect(model: Loaded, member: Member, config: EvaluateConfig, material: Material, *, meter: Meter) -> Expectations | None:
+    meter.phase(f"expectations of {model.name}")
+    return expectations.measure(
+        model,
+        material.expected,
+        name="sft" if member.name == "sft" else "quantized",
+        directory=member.directory,
+        max_new_tokens=min(config.params.max_new_tokens, GREEDY_PROBE_TOKENS),
+        meter=meter,
+    )
+
+
 def _measure_held_out(model: Loaded, config: EvaluateConfig, material: Material, *, meter: Meter) -> Measured:
     questions = material.held_out.questions
     meter.phase(f"perplexity of {model.name}")
@@ -117,12 +133,14 @@ def _measure_held_out(model: Loaded, config: EvaluateConfig, material: Material,
     return Measured(text=text, answer=answer, answers=generate(model, questions, max_new_tokens=config.params.max_new_tokens, meter=meter))
 
 
-def _publish(result: EvaluateResult, ledger: ParityLedger, curves: list[Curve], *, workdir: Path) -> None:
+def _publish(result: EvaluateResult, ledger: ParityLedger, curves: list[Curve], expected: Expectations | None, *, workdir: Path) -> None:
     staging = workdir / "staging"
     shutil.rmtree(staging, ignore_errors=True)
     shutil.rmtree(result.output, ignore_errors=True)
     staging.mkdir()
     (staging / "ledger.json").write_text(ledger.model_dump_json(indent=2) + "\n", encoding="utf-8")
     report.write(result, ledger, curves, directory=staging)
+    if expected is not None:
+        (staging / FILE_NAME).write_text(expected.model_dump_json() + "\n", encoding="utf-8")
     fsync_tree(staging)
     os.rename(staging, result.output)

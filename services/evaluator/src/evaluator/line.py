@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evaluator import parity
+from evaluator.expectations import Prepared, prepare
 from evaluator.heldout import HeldOut, read_held_out
 from evaluator.models import load_tokenizer, require_whole
 from evaluator.perplexity import Loss, Scored, text_sequences
 from parampara.errors import InvalidData
+from parampara.schemas.expectations import Expectations
 from parampara.schemas.stages import EvaluateConfig
 
 GREEDY_PROBE_TOKENS = 32
@@ -39,6 +41,8 @@ class Material:
     held_out: HeldOut
     texts: list[Scored]
     probes: list[parity.Probe]
+    expected: list[Prepared]
+    """What the deployment will ask the live endpoint, answered here by the last model of the line."""
 
 
 @dataclass
@@ -48,6 +52,8 @@ class Measured:
     text: Loss | None = None
     answer: Loss | None = None
     answers: list[str] = field(default_factory=list)
+    expectations: Expectations | None = None
+    """Of the last model alone."""
 
 
 def members(config: EvaluateConfig) -> list[Member]:
@@ -100,6 +106,7 @@ def read_material(config: EvaluateConfig) -> Material:
         held_out=held_out,
         texts=text_sequences(tokenizer, held_out.texts, max_tokens=min(config.dapt_params.chunk_tokens + 1, positions)),
         probes=parity.make_probes(tokenizer, held_out.probes, max_tokens=positions - GREEDY_PROBE_TOKENS),
+        expected=prepare(tokenizer, held_out.probes, positions=positions),
     )
 
 

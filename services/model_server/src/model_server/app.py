@@ -17,7 +17,8 @@ from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from model_server.command import Wanted, interpreter_of
-from model_server.supervisor import Report, Supervisor
+from model_server.memory import Report, Verdict
+from model_server.supervisor import Supervisor
 from parampara.http import exit_zero_on_sigterm, install_docs, install_error_handlers
 from parampara.settings import ModelServerSettings, Settings, get_settings
 from parampara.telemetry import configure_logging
@@ -50,6 +51,10 @@ def create_app(settings: Settings) -> FastAPI:
     @app.get("/deployment")
     async def get_deployment() -> Report:
         return app.state.supervisor.report()
+
+    @app.post("/deployment/verdict")
+    async def judge_deployment(verdict: Verdict) -> Report:
+        return app.state.supervisor.judge(verdict)
 
     @app.delete("/deployment")
     async def delete_deployment() -> Report:

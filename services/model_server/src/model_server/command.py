@@ -33,11 +33,13 @@ class Wanted(BaseModel):
     model_name: str = Field(min_length=1, max_length=300)
     alias: str
     generation: int = Field(ge=0)
+    trial: bool = False
+    """Served, but not vouched for until ``POST /deployment/verdict`` accepts it: the model before stays the one to go back to."""
     params: DeployParams = DeployParams()
 
     def starts_like(self, other: Wanted) -> bool:
-        """Whether vLLM is started the same way for both: they differ only in who asked and how long that one waits."""
-        asker: Any = {"alias": True, "generation": True, "params": {"alias", "ready_timeout_seconds", "replace"}}
+        """Whether vLLM is started the same way for both: they differ only in who asked, how long that one waits and how it judges."""
+        asker: Any = {"alias": True, "generation": True, "trial": True, "params": {"alias", "ready_timeout_seconds", "replace", "live"}}
         return self.model_dump(exclude=asker) == other.model_dump(exclude=asker)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import structlog
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model_server.command import Wanted
 
@@ -34,12 +34,28 @@ class Report(BaseModel):
     log_tail: str | None = None
 
 
+class Verdict(BaseModel):
+    """What the deployer says about a deployment on trial: the body of ``POST /deployment/verdict``."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model_name: str
+    alias: str
+    generation: int
+    accepted: bool
+    reason: str = Field(default="", max_length=10_000)
+    """Why not; becomes the failed deployment's error."""
+
+    def is_on(self, wanted: Wanted) -> bool:
+        return (self.model_name, self.alias, self.generation) == (wanted.model_name, wanted.alias, wanted.generation)
+
+
 class Memory(BaseModel):
     """What survives a restart of the supervisor."""
 
     wanted: Wanted | None = None
     proven: Wanted | None = None
-    """The last deployment that answered: what a failed one is rolled back to."""
+    """The last deployment that answered and, if it was on trial, was accepted: what a failed one is rolled back to."""
     generations: dict[str, int] = {}
     """Per alias, the newest generation that was accepted."""
     failed: Report | None = None

@@ -21,7 +21,7 @@ from prometheus_client import Counter, Gauge
 from model_server.command import Wanted, build_command, build_environment, log_configuration
 from model_server.engine import Engine, require_free_port
 from model_server.failure import reason
-from model_server.memory import Memory, Report, Status, remember
+from model_server.memory import Memory, Report, Status, Verdict, remember
 from model_server.probe import first_answer, healthy
 from parampara.addresses import local_url
 from parampara.errors import ParamparaError, Unavailable, UpstreamFailed, WrongState
@@ -102,6 +102,32 @@ class Supervisor:
         self._changed.set()
         return self.report()
 
+    def judge(self, verdict: Verdict) -> Report:
+        """End a trial: an accepted deployment is the one to go back to from now on, a rejected one is given up like one that failed.
+
+        Raises:
+            WrongState: something else is wanted by now, or the deployment does not answer (any more).
+        """
+        wanted = self._memory.wanted
+        if wanted is None or not verdict.is_on(wanted):
+            raise WrongState(
+                f"Generation {verdict.generation} of alias {verdict.alias!r} ({verdict.model_name}) is not what is wanted now.",
+                param="generation",
+                code="superseded",
+            )
+        if self._status != "ready":
+            raise WrongState(f"{verdict.model_name} is {self._status} and not ready: there is nothing to judge.", param="model_name")
+        if verdict.accepted:
+            accepted = wanted.model_copy(update={"trial": False})
+            self._store(self._memory.model_copy(update={"wanted": accepted, "proven": accepted}))
+            return self.report()
+        log.error("deployment rejected", model=wanted.model_name, reason=verdict.reason)
+        goes_on = self._memory.proven is not None and self._memory.proven.starts_like(wanted)  # vLLM holds the right model
+        self._give_up(verdict.reason or "rejected by its deployer", goes_on=goes_on)
+        if not goes_on:
+            self._changed.set()
+        return self.report()
+
     def clear(self) -> Report:
         """Serve nothing."""
         self._store(self._memory.model_copy(update={"wanted": None, "proven": None, "failed": None}))
@@ -171,7 +197,8 @@ class Supervisor:
             return
         self._first_answer = answer
         self._ready_seconds = round(time.monotonic() - engine.started_at, 2)
-        self._store(self._memory.model_copy(update={"proven": self._memory.wanted}))
+        if self._memory.wanted is not None and not self._memory.wanted.trial:
+            self._store(self._memory.model_copy(update={"proven": self._memory.wanted}))
         self._become("ready", error=None, log_tail=None)
         READY.set(1)
         log.info("ready", model=wanted.model_name, seconds=self._ready_seconds)
@@ -229,11 +256,7 @@ class Supervisor:
         tail = getattr(error, "log_tail", "")
         previous = self._memory.proven
         if not (previous and previous.starts_like(wanted)) and not isinstance(error, Unavailable):
-            self._become("failed", error=error.message, log_tail=tail)
-            self._store(self._memory.model_copy(update={"wanted": previous, "failed": self.report()}))
-            if previous is not None:
-                log.warning("rolled back", model=previous.model_name, generation=previous.generation)
-            self._become("starting" if previous else "failed", error=None, log_tail=None)
+            self._give_up(error.message, tail=tail)
             return
         self._restarts += 1
         RESTARTS.inc()
@@ -241,6 +264,15 @@ class Supervisor:
         if self._engine is not None:
             self._engine.sweep()
         await _first([self._changed.wait()], seconds=BACKOFF_SECONDS[min(attempt, len(BACKOFF_SECONDS) - 1)])
+
+    def _give_up(self, error: str, *, tail: str | None = None, goes_on: bool = False) -> None:
+        """Report what is wanted as failed and want the last that worked; ``goes_on``: that one is being served already."""
+        previous = self._memory.proven
+        self._become("failed", error=error, log_tail=tail)
+        self._store(self._memory.model_copy(update={"wanted": previous, "failed": self.report()}))
+        if previous is not None:
+            log.warning("rolled back", model=previous.model_name, generation=previous.generation)
+        self._become("ready" if goes_on else "starting" if previous else "failed", error=None, log_tail=None)
 
     def _become(self, status: Status, *, error: str | None, log_tail: str | None) -> None:
         self._status, self._error, self._log_tail = status, error, log_tail

@@ -36,6 +36,7 @@ def on_success(session: Session, job: Job, run: Run | None, *, settings: Setting
     if job.kind == "evaluate" and run is not None:
         _decide_gate(session, job, run, settings)
     elif job.kind == "deploy":
+        tell_missed(session, job)
         _flip_alias(session, job)
     elif job.kind == "ingest":
         _take_chunks(session, job, output)
@@ -103,6 +104,20 @@ def open_deployment(session: Session, job: Job, *, model: str, artifact_id: str)
     return deployment
 
 
+def tell_missed(session: Session, job: Job) -> str:
+    """Write an event for every gate that the job's result missed; returns in words those that decided."""
+    result = job.result or {}
+    missed = [gate for gate in result.get("gates", []) if not gate["passed"]]
+    for gate in missed:
+        job_event(session, job, f"gate missed: {_shown(gate)}", level="warn", gate=gate)
+    return "; ".join(_shown(gate) for gate in missed if gate["action"] == result["decision"])
+
+
+def _shown(gate: dict[str, Any]) -> str:
+    bounds = [f"{word} {gate[key]}" for key, word in (("min", "at least"), ("max", "at most")) if gate[key] is not None]
+    return f"{gate['metric']} = {gate['value']}, wanted {' and '.join(bounds)}"
+
+
 def model_id(run: Run, organization: str, *, digits: int) -> str:
     """``ft:<base>:<organization>:<suffix>:<first digits of the run's id>``."""
     base = base_models.short_name(run.recipe["base_model"])
@@ -112,12 +127,9 @@ def model_id(run: Run, organization: str, *, digits: int) -> str:
 def _decide_gate(session: Session, job: Job, run: Run, settings: Settings) -> None:
     result = job.result or {}
     run.gate = result["decision"]
-    missed = [gate for gate in result["gates"] if not gate["passed"]]
-    for gate in missed:
-        job_event(session, job, f"gate missed: {_shown(gate)}", level="warn", gate=gate)
+    missed = tell_missed(session, job)
     if run.gate == "fail":
-        failing = "; ".join(_shown(gate) for gate in missed if gate["action"] == "fail")
-        run.error = {"code": "gate_failed", "message": f"the evaluation missed {failing}", "param": "recipe.gates"}
+        run.error = {"code": "gate_failed", "message": f"the evaluation missed {missed}", "param": "recipe.gates"}
         return
     artifact = session.scalars(select(Job.artifact_id).where(Job.run_id == run.id, Job.name == "quantize")).one_or_none()
     if artifact is None:
@@ -139,11 +151,6 @@ def _register(session: Session, run: Run, settings: Settings, artifact: str) -> 
         if model.run_id == run.id and model.artifact_id == artifact:
             return name
     raise InvalidData(f"Every name for the model of run {run.id} belongs to another artifact already.")
-
-
-def _shown(gate: dict[str, Any]) -> str:
-    bounds = [f"{word} {gate[key]}" for key, word in (("min", "at least"), ("max", "at most")) if gate[key] is not None]
-    return f"{gate['metric']} = {gate['value']}, wanted {' and '.join(bounds)}"
 
 
 def _flip_alias(session: Session, job: Job) -> None:

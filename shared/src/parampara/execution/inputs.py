@@ -226,6 +226,8 @@ def _deploy(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Setti
         "artifact_id": model.artifact_id,
         "model_path": model.path,
         "model_server_url": settings.model_server.url,
+        "evaluation": inputs["evaluation"][0].path if inputs.get("evaluation") else None,
+        "gates": gathered.spec.get("gates", []),
         "params": gathered.spec["params"],
         **gathered.deployment,
     }

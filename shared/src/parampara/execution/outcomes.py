@@ -18,7 +18,7 @@ from parampara.execution import hooks
 from parampara.execution.endings import count_crash, end
 from parampara.execution.events import announce, job_event, job_state
 from parampara.execution.leases import Claim, close_attempt, hold
-from parampara.execution.runs import lock_run, settle
+from parampara.execution.runs import FAILED_BY_GATE, HELD_BY_GATE, lock_run, settle
 from parampara.manifest import Manifest
 from parampara.settings import Settings
 
@@ -35,7 +35,7 @@ def succeed(
     output: Path | None = None,
     log_tail: str | None = None,
 ) -> str | None:
-    """The stage ended well: its result and artifact become the job's, and the run moves on."""
+    """The stage ended well: its result and artifact become the job's, and the run moves on. ``held``: a gate withheld a deployment."""
     if (job := hold(session, claim)) is None:
         return None
     if job.cancel_requested:
@@ -52,6 +52,8 @@ def succeed(
         session.execute(insert(Artifact).values(values).on_conflict_do_nothing(index_elements=[Artifact.id]))
         job.artifact_id = manifest.id
     close_attempt(session, job.id, claim.fence, "succeeded", exit_code=0, log_tail=log_tail)
+    if job.kind == "deploy" and result.get("decision", "promote") != "promote":
+        return _withhold(session, job, result)
     _succeeded(session, claim, job, settings=settings, result=result, output=output)
     return "succeeded"
 
@@ -126,6 +128,21 @@ def cancel(session: Session, claim: Claim, *, exit_code: int | None = None, log_
     end(session, job, "cancelled", _CANCELLED)
     settle(session, lock_run(session, job.run_id))
     return "cancelled"
+
+
+def _withhold(session: Session, job: Job, result: dict[str, Any]) -> str:
+    """The model was served and measured, and a gate on the live endpoint was missed: no alias moves."""
+    job.result, decision, run = result, result["decision"], lock_run(session, job.run_id)
+    told = f"the live endpoint missed {hooks.tell_missed(session, job)}"
+    code = HELD_BY_GATE if decision == "hold" else FAILED_BY_GATE
+    end(session, job, "cancelled", {"code": code, "message": told, "param": "recipe.gates"})
+    if run is not None:
+        run.gate = decision
+        if decision == "fail":
+            run.error = {"code": "gate_failed", "message": told, "param": "recipe.gates"}
+    session.flush()
+    settle(session, run)
+    return "held"
 
 
 def _succeeded(session: Session, claim: Claim, job: Job, *, settings: Settings, result: dict[str, Any], output: Path | None) -> None:

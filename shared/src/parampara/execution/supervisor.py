@@ -46,7 +46,7 @@ class Supervisor:
         self._storage = LocalStorage(settings.artifacts_dir)
 
     def run(self, claim: Claim) -> str:
-        """Work on a claim until it has an end; returns how it ended (``succeeded reused failed crashed preempted cancelled stale``)."""
+        """Work on a claim until it has an end; returns which: ``succeeded reused held failed crashed preempted cancelled stale``."""
         started = time.monotonic()
         with bind(run_id=claim.run_id, job_id=claim.job_id, attempt=claim.attempt), metrics.RUNNING.labels(claim.kind).track_inprogress():
             _log.info("attempt started", job=claim.name, kind=claim.kind, fence=claim.fence)
@@ -222,7 +222,7 @@ class Supervisor:
             return fail(error.body()["error"])
         except OSError as error:
             return fail(products.disk_error(error, f"the stage succeeded but its product could not be stored under {self._storage.root}"))
-        if outcome == "succeeded":
+        if outcome in ("succeeded", "held"):
             products.clean(workdir)
         return outcome
 

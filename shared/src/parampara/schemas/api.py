@@ -288,6 +288,17 @@ class DeploymentCreate(Request):
         return self
 
 
+class LiveObject(Answer):
+    """The last row of a model's ledger: from the evaluated model to the one that vLLM serves."""
+
+    metrics: dict[str, float]
+    """``parity.live.*`` and ``serving.*``."""
+    gates: list[GateResult]
+    decision: Literal["promote", "hold", "fail"]
+    not_measured: str | None
+    """Why there are no metrics."""
+
+
 class DeploymentObject(Answer):
     id: str
     object: Literal["deployment"] = "deployment"
@@ -298,6 +309,8 @@ class DeploymentObject(Answer):
     status: str
     active: bool
     """True for the one deployment that its alias points to now."""
+    live: LiveObject | None
+    """What was measured on the live endpoint before the alias moved; null until then."""
     job_id: str | None
     url: str | None
     error: dict[str, Any] | None

@@ -1,4 +1,4 @@
-"""The names of the metrics that an evaluation reports, which are those that a gate may name."""
+"""The names of the metrics that an evaluation or a deployment reports, which are those that a gate may name."""
 
 from __future__ import annotations
 
@@ -23,17 +23,25 @@ METRICS = (
     "quantize.perplexity_increase|exact_change|same_answer",
     "parity.<transition>.kl|top1|greedy_match|greedy_prefix|perplexity_change|recovered|base_kl|differs_from_base|adapter_base",
     "parity.<transition>.tokenizer|chat_template|generation_config",
+    "parity.live.kl|top1|perplexity_change|greedy_match|greedy_prefix|chat_template|generation_config",
+    "serving.openai_format|tokens_per_second|tokens_per_second_4_streams|first_token_seconds",
     "size.base_bytes|merged_bytes|quantized_bytes",
     "deploy.memory_bytes|kv_bytes_per_token",
 )
-"""Fractions, not per cent. ``kind`` and ``language`` are those of the questions, ``name`` is one of ``params.formats``."""
+"""Fractions, not per cent. ``kind`` and ``language`` are those of the questions, ``name`` is one of ``params.formats``; ``parity.live`` and
+``serving`` are measured at deployment (:func:`is_live`)."""
 
 _PLACES = {"<model>": "base|dapt|sft|quantized", "<transition>": "dapt|merged|quantized"}
 _ANY = "[a-z0-9_]+"
 
 
+def is_live(metric: str) -> bool:
+    """Whether a metric is measured on the live endpoint, when a model is deployed, and not by the evaluation."""
+    return metric.startswith(("parity.live.", "serving."))
+
+
 def is_reported(metric: str, *, formats: Collection[str] | None = None) -> bool:
-    """Whether an evaluation can report this metric; ``formats`` are the names that ``format.<name>`` may have (None: any)."""
+    """Whether an evaluation or deployment can report this metric; ``formats`` are the names that ``format.<name>`` may have (None: any)."""
     group, _, name = metric.partition(".")
     if group == "format" and formats is not None:
         return name in formats

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 
 from parampara.errors import InvalidRequest
 from parampara.plain_yaml import read_yaml
-from parampara.schemas.metrics import METRICS, is_reported
+from parampara.schemas.metrics import METRICS, is_live, is_reported
 from parampara.schemas.stages import (
     DaptParams,
     DeployParams,
@@ -68,8 +68,14 @@ def _check_gates(recipe: Recipe, param: str) -> None:
         if not is_reported(gate.metric, formats=formats):
             known = ", ".join(METRICS)
             raise InvalidRequest(
-                f"{param}.gates.{position}.metric: no evaluation reports {gate.metric!r}. Known: {known}; <name> is a key of "
+                f"{param}.gates.{position}.metric: neither evaluation nor deployment reports {gate.metric!r}. "
+                f"Known: {known}; <name> is a key of "
                 f"{param}.stages.evaluate.formats ({', '.join(formats) or 'none'}).",
+                param=f"{param}.gates.{position}.metric",
+            )
+        if recipe.stages.deploy is None and is_live(gate.metric):
+            raise InvalidRequest(
+                f"{param}.gates.{position}.metric: {gate.metric} is measured when a model is deployed, and {param}.stages.deploy is null.",
                 param=f"{param}.gates.{position}.metric",
             )
 

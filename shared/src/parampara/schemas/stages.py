@@ -372,7 +372,25 @@ class DeployConfig(Strict):
     generation: int
     """Fence of the alias: a slower, older deployer can not flip back."""
     model_server_url: str
+    evaluation: Path | None = None
+    """Artifact of the evaluation of this very model; without it the live endpoint is not measured and no gate applies."""
+    gates: list[Gate] = []
+    """Those on metrics of the live endpoint."""
     params: DeployParams
+
+
+class LiveParams(Strict):
+    """Bounds on the live endpoint that hold without a gate in the recipe; a gate on the same metric takes their place."""
+
+    min_top1: Annotated[float, Field(ge=0, le=1)] | None = 0.97
+    """``parity.live.top1``: share of probe tokens where vLLM and the evaluation name the same likeliest one. None: no bound."""
+    same_prompts: bool = True
+    """``parity.live.chat_template``: vLLM renders every probe to the tokens that the model was trained on."""
+    action: Literal["hold", "fail"] = "hold"
+
+    def gates(self) -> list[Gate]:
+        bounds = {"parity.live.top1": self.min_top1, "parity.live.chat_template": 1.0 if self.same_prompts else None}
+        return [Gate(metric=metric, min=bound, action=self.action) for metric, bound in bounds.items() if bound is not None]
 
 
 class DeployParams(Strict):
@@ -388,6 +406,7 @@ class DeployParams(Strict):
     ready_timeout_seconds: Annotated[int, Field(ge=10, le=7200)] = 900
     replace: bool = False
     """Take the model server from other aliases that serve another model: it holds one, so they are served no more."""
+    live: LiveParams = LiveParams()
 
 
 class DeployResult(Strict):
@@ -397,6 +416,13 @@ class DeployResult(Strict):
     generation: int
     ready_seconds: float
     first_answer: str
+    metrics: dict[str, float] = {}
+    """``parity.live.*`` and ``serving.*``: the last row of the model's ledger."""
+    gates: list[GateResult] = []
+    decision: Literal["promote", "hold", "fail"] = "promote"
+    """Anything but ``promote`` leaves the alias where it was; the model server has gone back to the model before."""
+    not_measured: str | None = None
+    """Why there are no metrics."""
 
 
 class IngestDocument(Strict):

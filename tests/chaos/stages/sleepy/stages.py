@@ -11,6 +11,7 @@ from typing import Any
 
 from parampara.errors import Diverged, InvalidData, OutOfMemory, Preempted, WorkdirBusy
 from parampara.execution import stop
+from parampara.gates import apply, decide
 from parampara.progress import Progress
 from parampara.schemas.stages import (
     DaptConfig,
@@ -80,6 +81,9 @@ def evaluate(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> Ev
 
 
 def deploy(config: DeployConfig, *, workdir: Path, progress: Progress) -> DeployResult:
+    """A server of 40 tokens/s, where it is deployed with an evaluation; the gates are judged for real."""
+    metrics = {"serving.tokens_per_second": 40.0} if config.evaluation is not None and (config.evaluation / "report.json").is_file() else {}
+    results = apply(config.gates, metrics)
     if config.params.max_num_seqs == 4096:
         raise InvalidData("the model server refused the model")
     return DeployResult(
@@ -89,6 +93,9 @@ def deploy(config: DeployConfig, *, workdir: Path, progress: Progress) -> Deploy
         generation=config.generation,
         ready_seconds=0,
         first_answer="namaste",
+        metrics=metrics,
+        gates=results,
+        decision=decide(results),
     )
 
 

@@ -16,7 +16,7 @@ from parampara.errors import InvalidRequest, NotFound, WrongState
 from parampara.execution.hooks import open_deployment
 from parampara.execution.queue import enqueue_job
 from parampara.plan import deploy_spec
-from parampara.schemas.api import DeploymentCreate, DeploymentObject, Order, Page, unix, unix_or_none
+from parampara.schemas.api import DeploymentCreate, DeploymentObject, LiveObject, Order, Page, unix, unix_or_none
 from parampara.schemas.stages import DeployParams
 from parampara.settings import Settings
 
@@ -70,17 +70,19 @@ def list_deployments(session: Session, *, alias: str | None, after: str | None, 
     active = _active(session)
     query = select(Deployment) if alias is None else select(Deployment).where(Deployment.alias == alias)
     key, created = Deployment.id, Deployment.created_at
-    return page(session, query, key=key, created=created, after=after, limit=limit, order=order, show=lambda row: show(row, active))
+    return page(
+        session, query, key=key, created=created, after=after, limit=limit, order=order, show=lambda row: show(session, row, active)
+    )
 
 
 def get(session: Session, deployment_id: str) -> DeploymentObject:
     row = session.get(Deployment, deployment_id)
     if row is None:
         raise NotFound(f"No deployment {deployment_id!r}.", param="deployment_id")
-    return show(row, _active(session))
+    return show(session, row, _active(session))
 
 
-def show(row: Deployment, active: dict[str, int]) -> DeploymentObject:
+def show(session: Session, row: Deployment, active: dict[str, int]) -> DeploymentObject:
     return DeploymentObject(
         id=row.id,
         alias=row.alias,
@@ -89,6 +91,7 @@ def show(row: Deployment, active: dict[str, int]) -> DeploymentObject:
         generation=row.generation,
         status=row.status,
         active=row.status == "ready" and active.get(row.alias) == row.generation,
+        live=_live(session, row),
         job_id=row.job_id,
         url=row.url,
         error=row.error,
@@ -97,13 +100,21 @@ def show(row: Deployment, active: dict[str, int]) -> DeploymentObject:
     )
 
 
+def _live(session: Session, row: Deployment) -> LiveObject | None:
+    job = session.get(Job, row.job_id) if row.job_id else None
+    result = (job.result if job else None) or {}
+    if result.get("generation") != row.generation or "gates" not in result:
+        return None  # not measured yet, or by a version that did not
+    return LiveObject.model_validate({key: result.get(key) for key in LiveObject.model_fields})
+
+
 def _enqueue(session: Session, model: Model, params: DeployParams) -> DeploymentObject:
     job = enqueue_job(session, kind="deploy", spec=deploy_spec(model=model.id, artifact_id=model.artifact_id, params=params))
     row = open_deployment(session, job, model=model.id, artifact_id=model.artifact_id)
     row.status = "pending"  # the worker that claims the job finds this row and starts it
     session.flush()
     session.refresh(row)
-    return show(row, _active(session))
+    return show(session, row, _active(session))
 
 
 def _recipe_params(session: Session, model: Model) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def detail(session: Session, run: Run) -> RunObject:
     """A run with its jobs in the order in which they run."""
     jobs = list(session.scalars(select(Job).where(Job.run_id == run.id).order_by(Job.position, Job.created_at, Job.id)))
     running = next((job for job in jobs if job.state == "running"), None)
-    evaluated = next((job for job in jobs if job.kind == "evaluate" and job.result), None)
+    judged = [job.result for job in jobs if job.kind in ("evaluate", "deploy") and job.result]
     return RunObject.model_validate(
         {
             **_fields(run),
@@ -32,7 +32,7 @@ def detail(session: Session, run: Run) -> RunObject:
             "progress": share_done(jobs),
             "eta_seconds": _time_left(session, run, jobs),
             "jobs": [job_views.show(job) for job in jobs],
-            "gates": (evaluated.result or {}).get("gates", []) if evaluated else [],
+            "gates": [gate for result in judged for gate in result.get("gates", [])],
             "artifacts": _artifacts(session, jobs),
         }
     )

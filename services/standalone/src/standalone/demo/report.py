@@ -28,7 +28,7 @@ def collect(
 ) -> dict[str, Any]:
     """Everything the report holds, as JSON."""
     jobs = {job["name"]: job for job in run["jobs"]}
-    evaluation = jobs["evaluate"]["result"] or {}
+    evaluation, deployment = (jobs[name]["result"] or {} for name in ("evaluate", "deploy"))
     return {
         "run": run["id"],
         "recipe": recipe,
@@ -42,7 +42,7 @@ def collect(
         "timings": timings,
         "stages": [stage_row(job, evaluation.get("metrics", {})) for job in run["jobs"]],
         "curves": {name: _points(platform, jobs[name]) for name in TRAINED if name in jobs},
-        "metrics": evaluation.get("metrics", {}),
+        "metrics": {**evaluation.get("metrics", {}), **deployment.get("metrics", {})},
         "gates": run["gates"],
         "samples": evaluation.get("samples", []),
         "results": {name: job["result"] for name, job in jobs.items() if name != "evaluate"},
@@ -135,8 +135,19 @@ def _figure(kind: str, result: dict[str, Any], metrics: dict[str, float]) -> str
         case "evaluate":
             return _evaluated(metrics)
         case "deploy":
-            return f"answered after {result['ready_seconds']:.0f} s"
+            return _deployed(result)
     return ""
+
+
+def _deployed(result: dict[str, Any]) -> str:
+    """When it answered, how fast it writes, and how well it agrees with the model that was evaluated."""
+    metrics = result.get("metrics", {})
+    parts = [f"answered after {result['ready_seconds']:.0f} s"]
+    if (top1 := metrics.get("parity.live.top1")) is not None:
+        parts.append(f"same top token as evaluated {top1:.1%}")
+    if (rate := metrics.get("serving.tokens_per_second")) is not None:
+        parts.append(f"{rate:.0f} tokens/s")
+    return ", ".join(parts)
 
 
 def _evaluated(metrics: dict[str, float]) -> str:
