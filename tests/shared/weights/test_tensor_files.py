@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from parampara.errors import InvalidData
+from parampara.manifest import sha256_file
 from parampara.weights.tensor_files import Planned, ShardWriter, TensorFile
 
 TENSORS = {
@@ -33,10 +34,11 @@ def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
 
 def test_the_library_reads_what_it_wrote(tmp_path: Path) -> None:
     path = tmp_path / "b.safetensors"
-    with ShardWriter(path, [Planned(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.items()]) as writer:
+    with ShardWriter(path, [Planned(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.items()], hashed=True) as writer:
         for name, tensor in TENSORS.items():
             for rows in tensor.split(2) if name == "matrix" else [tensor]:
                 writer.write(rows)
+    assert writer.sha256 == sha256_file(path)
     loaded = load_file(str(path))
     assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
     with safe_open(str(path), framework="pt") as file:

@@ -23,8 +23,8 @@ from parampara.progress import Progress
 from parampara.schemas.stages import MergeConfig, MergeResult
 from parampara.storage import fsync_directory, fsync_tree
 from parampara.weights.merged import MergedModel
-from parampara.weights.model_files import INDEX
-from parampara.weights.tensor_files import Planned, ShardWriter
+from parampara.weights.sharding import shards, write_index
+from parampara.weights.tensor_files import Planned, ShardWriter, TensorInfo
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -97,40 +97,25 @@ class _Writer:
         self._model, self._dtype, self._progress = model, dtype, progress
 
     def write(self, stage: Path, max_shard_bytes: int) -> str:
-        """Write all shards, and an index where there are several; returns their fingerprint."""
-        shards = self._plan(max_shard_bytes)
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        names = names if len(shards) > 1 else ["model.safetensors"]
+        """Write all shards in the base's own order, so that it is read front to back; returns their fingerprint."""
+        planned = shards({info.name: [self._planned(info)] for info in self._model.tensors.values()}, max_shard_bytes)
         digests: dict[str, str] = {}
         done = 0
-        for name, shard in zip(names, shards, strict=True):
-            with ShardWriter(stage / name, shard) as writer:
-                for planned in shard:
+        for name, groups in planned.items():
+            tensors = [tensor for group in groups.values() for tensor in group]
+            with ShardWriter(stage / name, tensors, hashed=True) as writer:
+                for tensor in tensors:
                     if stop.requested():
                         raise Preempted("Stopped while merging, as asked; the merge starts again from its beginning.")
-                    self._write_tensor(writer, planned)
+                    self._write_tensor(writer, tensor)
                     done += 1
                     self._progress.step(done, len(self._model.tensors))
             digests[name] = writer.sha256
-        if len(shards) > 1:
-            weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-            size = sum(tensor.bytes for shard in shards for tensor in shard)
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_index(stage, planned)
         return fingerprint_of_shards(digests)
 
-    def _plan(self, limit: int) -> list[list[Planned]]:
-        """Tensors in the base's own order, so that it is read front to back; a tensor above ``limit`` has a shard of its own."""
-        shards: list[list[Planned]] = [[]]
-        size = 0
-        for info in self._model.tensors.values():
-            planned = Planned(info.name, self._dtype if info.dtype.is_floating_point else info.dtype, info.shape)
-            if shards[-1] and size + planned.bytes > limit:
-                shards.append([])
-                size = 0
-            shards[-1].append(planned)
-            size += planned.bytes
-        return shards
+    def _planned(self, info: TensorInfo) -> Planned:
+        return Planned(info.name, self._dtype if info.dtype.is_floating_point else info.dtype, info.shape)
 
     def _write_tensor(self, writer: ShardWriter, planned: Planned) -> None:
         cast: torch.Tensor | None = None

@@ -19,7 +19,7 @@ from parampara.weights.changes import Change, DoraColumns, LowRank
 from parampara.weights.model_files import ModelFiles
 from parampara.weights.tensor_files import TensorInfo
 
-CHUNK_BYTES = 4 * 1024 * 1024
+CHUNK_BYTES = 1024 * 1024
 """Size of one row chunk in float32: small enough that the steps on a chunk find it in the processor's cache."""
 
 

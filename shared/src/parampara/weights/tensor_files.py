@@ -159,9 +159,12 @@ class Planned:
 
 
 class ShardWriter:
-    """Writes one safetensors file front to back: the header first, then rows of each tensor in the order planned."""
+    """Writes one safetensors file front to back: the header first, then rows of each tensor in the order planned.
 
-    def __init__(self, path: Path, tensors: Iterable[Planned]) -> None:
+    ``hashed`` takes the file's sha256 on the way, which saves reading it again.
+    """
+
+    def __init__(self, path: Path, tensors: Iterable[Planned], *, hashed: bool = False) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for tensor in tensors:
@@ -175,21 +178,25 @@ class ShardWriter:
         encoded += b" " * (-len(encoded) % 8)
         self._size = 8 + len(encoded) + offset
         self._path = path
-        self._digest = hashlib.sha256()
-        self._file = path.open("wb")
+        self._digest = hashlib.sha256() if hashed else None
+        self._file = path.open("wb", buffering=0)
         self._put(memoryview(len(encoded).to_bytes(8, "little") + encoded))
 
     @property
     def sha256(self) -> str:
-        """Of the bytes written so far; of the file, once it is complete."""
+        """Of the bytes written so far; of the file, once it is complete. Only where ``hashed`` was asked for."""
+        if self._digest is None:
+            raise RuntimeError(f"{self._path.name} was written without being hashed.")
         return self._digest.hexdigest()
 
     def write(self, rows: torch.Tensor) -> None:
         self._put(_bytes(rows.contiguous()))
 
     def _put(self, data: memoryview) -> None:
-        self._digest.update(data)
-        self._file.write(data)
+        if self._digest is not None:
+            self._digest.update(data)
+        while data:  # one write takes at most 2 GiB
+            data = data[self._file.write(data) :]
 
     def __enter__(self) -> ShardWriter:
         return self

@@ -1,0 +1,279 @@
+"""The merge against PEFT's ``merge_and_unload`` and against a plain copy, at the shape of Llama 3.1 8B with random weights.
+
+    python bench/merge.py [--layers 32] [--threads N] [--workdir DIR] [--keep]
+
+Each arm is a process of its own over the same base and the same two adapters, one after the other; what it costs is what the
+kernel counted for it (wait4): peak resident memory, CPU-seconds (user + system), wall. Every arm starts with the base out of the
+page cache and ends with its output synced.
+
+    copy   the base read and written once: the floor of any merge on this disk
+    ours   python -m merger's function, hashing base and output on the way, as always
+    peft   from_pretrained, twice PeftModel + merge_and_unload, save_pretrained
+
+The divergence is measured on a small model of the same family, all logits in float64: KL(reference || merged), where the
+reference merges in float64. PEFT is given bfloat16 (as the base is published), and float16 and float32 for comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+# No torch here: a child counts the memory of the process that it was started from as its own peak.
+
+LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+SMALL = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 4096}
+RANK, ALPHA, ADAPTERS = 16, 32, 2
+GOALS = {"rss_gib": 1.0, "cpu_ratio": 0.5, "wall_ratio": 1.5, "kl_ratio": 1 / 50}
+
+
+def main() -> int:
+    options = _options()
+    if options.arm:
+        ARMS[options.arm](options.workdir, options)
+        return 0
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="merge-", dir=options.workdir))
+    try:
+        _usage("make", work, options)
+        figures = {arm: _measured(arm, work, options) for arm in ("copy", "ours", "peft")}
+        shutil.rmtree(work / "base")
+        _usage("divergence", work, options)
+        print(_report(options, figures, json.loads((work / "divergence.json").read_text(encoding="utf-8"))))
+    finally:
+        if not options.keep:
+            shutil.rmtree(work)
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32, help="of the 32; PEFT needs the whole model in memory, the disk three times")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workdir", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--keep", action="store_true", help="leave the files")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--arm", choices=sorted(ARMS), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _spawn(arm: str, work: Path, options: argparse.Namespace) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--arm", arm, "--workdir", str(work), "--layers", str(options.layers), "--seed", str(options.seed)]
+    command += ["--threads", str(options.threads)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    return subprocess.Popen(command, env=environment)
+
+
+def _usage(arm: str, work: Path, options: argparse.Namespace) -> resource.struct_rusage:
+    process = _spawn(arm, work, options)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"arm {arm} failed")
+    return usage
+
+
+def _measured(arm: str, work: Path, options: argparse.Namespace) -> dict[str, float]:
+    for shard in (work / "base").glob("*.safetensors"):
+        with shard.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    started = time.monotonic()
+    usage = _usage(arm, work, options)
+    wall = time.monotonic() - started
+    shutil.rmtree(work / arm, ignore_errors=True)
+    return {"rss_gib": usage.ru_maxrss / 2**20, "cpu": usage.ru_utime + usage.ru_stime, "wall": wall}
+
+
+def _make(work: Path, options: argparse.Namespace) -> None:
+    """A bfloat16 base of ``--layers`` layers and two adapters trained, so it is recorded, one after the other."""
+    config = {**LLAMA_8B, "num_hidden_layers": options.layers}
+    _make_model(work / "base", config, options.seed, deviation=0.02)
+    _make_adapters(work, config, options.seed)
+
+
+def _make_model(directory: Path, config: dict[str, int], seed: int, *, deviation: float) -> None:
+    import torch
+
+    from parampara.weights.tensor_files import Planned, ShardWriter
+
+    directory.mkdir(parents=True)
+    full = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False, "dtype": "bfloat16", **config}
+    (directory / "config.json").write_text(json.dumps(full), encoding="utf-8")
+    plan = [Planned(name, torch.bfloat16, shape) for name, shape in _shapes(config).items()]
+    # one pool of random values, read from another place for each tensor: drawing billions would take longer than the bench
+    pool = torch.randn(1 << 26, generator=torch.Generator().manual_seed(seed)).mul_(deviation).bfloat16()
+    offset = 0
+    with ShardWriter(directory / "model.safetensors", plan) as writer:
+        for tensor in plan:
+            left = tensor.bytes // 2
+            if len(tensor.shape) == 1:
+                writer.write(torch.ones(tensor.shape, dtype=torch.bfloat16))
+                continue
+            while left:
+                take = min(left, pool.numel() - offset)
+                writer.write(pool[offset : offset + take])
+                left, offset = left - take, (offset + take) % pool.numel()
+            offset = (offset + 7919) % pool.numel()
+
+
+def _shapes(config: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    hidden, wide = config["hidden_size"], config["intermediate_size"]
+    shared = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        for name, shape in _projections(hidden, wide, shared).items():
+            shapes[f"model.layers.{layer}.{name}.weight"] = shape
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"model.layers.{layer}.{name}.weight"] = (hidden,)
+    return {**shapes, "model.norm.weight": (hidden,), "lm_head.weight": (config["vocab_size"], hidden)}
+
+
+def _projections(hidden: int, wide: int, shared: int) -> dict[str, tuple[int, int]]:
+    attention = {"q_proj": (hidden, hidden), "k_proj": (shared, hidden), "v_proj": (shared, hidden), "o_proj": (hidden, hidden)}
+    mlp = {"gate_proj": (wide, hidden), "up_proj": (wide, hidden), "down_proj": (hidden, wide)}
+    return {**{f"self_attn.{k}": v for k, v in attention.items()}, **{f"mlp.{k}": v for k, v in mlp.items()}}
+
+
+def _make_adapters(work: Path, config: dict[str, int], seed: int) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from parampara.manifest import sha256_file, weights_fingerprint
+
+    base_sha256, before = weights_fingerprint(work / "base"), []
+    generator = torch.Generator().manual_seed(seed + 1)
+    for position in range(ADAPTERS):
+        directory = work / f"adapter{position}"
+        directory.mkdir()
+        tensors = {}
+        for name, shape in _shapes(config).items():
+            if "_proj" in name:
+                stem = f"base_model.model.{name.removesuffix('.weight')}"
+                tensors[f"{stem}.lora_A.weight"] = torch.randn(RANK, shape[1], generator=generator) * shape[1] ** -0.5
+                tensors[f"{stem}.lora_B.weight"] = torch.randn(shape[0], RANK, generator=generator) * 0.01
+        save_file(tensors, str(directory / "adapter_model.safetensors"))
+        modules = sorted({name.split(".")[-2] for name in _shapes(config) if "_proj" in name})
+        adapter = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": modules, "task_type": "CAUSAL_LM"}
+        (directory / "adapter_config.json").write_text(json.dumps(adapter), encoding="utf-8")
+        record = {"base_sha256": base_sha256, "lineage": {"base_sha256": base_sha256, "adapters": before.copy()}}
+        (directory / "training.json").write_text(json.dumps(record), encoding="utf-8")
+        before.append(sha256_file(directory / "adapter_model.safetensors"))
+
+
+def _copy(work: Path, options: argparse.Namespace) -> None:
+    (work / "copy").mkdir()
+    buffer = memoryview(bytearray(8 << 20))
+    for shard in sorted((work / "base").glob("*.safetensors")):
+        with shard.open("rb", buffering=0) as source, (work / "copy" / shard.name).open("wb", buffering=0) as target:
+            while count := source.readinto(buffer):
+                target.write(buffer[:count])
+            os.fsync(target.fileno())
+
+
+def _ours(work: Path, options: argparse.Namespace) -> None:
+    from merger.merge import run
+    from parampara.progress import SilentProgress
+    from parampara.schemas.stages import MergeConfig
+
+    config = MergeConfig(model=work / "base", adapters=[work / f"adapter{position}" for position in range(ADAPTERS)])
+    run(config, workdir=work / "ours", progress=SilentProgress())
+
+
+def _peft(work: Path, options: argparse.Namespace, *, dtype: str = "auto") -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(str(work / "base"), dtype=dtype)
+    for position in range(ADAPTERS):
+        model = PeftModel.from_pretrained(model, str(work / f"adapter{position}")).merge_and_unload()
+    model.save_pretrained(str(work / "peft"))
+    for path in (work / "peft").iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _divergence(work: Path, options: argparse.Namespace) -> None:
+    """KL to the float64 merge of a small model, in nats per token: ours, and PEFT's in three dtypes."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small, config = work / "small", {**SMALL, "num_hidden_layers": 8}
+    _make_model(small / "base", config, options.seed, deviation=0.05)
+    _make_adapters(small, config, options.seed)
+    reference = {name: tensor.double() for name, tensor in load_file(str(small / "base" / "model.safetensors")).items()}
+    for position in range(ADAPTERS):
+        factors = load_file(str(small / f"adapter{position}" / "adapter_model.safetensors"))
+        for name in reference:
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            if f"{stem}.lora_A.weight" in factors:
+                a, b = (factors[f"{stem}.lora_{side}.weight"].double() for side in "AB")
+                reference[name] += ALPHA / RANK * (b @ a)
+
+    ids = torch.randint(0, config["vocab_size"], (4, 64), generator=torch.Generator().manual_seed(options.seed))
+
+    def logits(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        model = LlamaForCausalLM(LlamaConfig(**config, tie_word_embeddings=False)).double().eval()  # type: ignore[arg-type]
+        model.load_state_dict({name: tensor.double() for name, tensor in weights.items()})
+        with torch.inference_mode():
+            return model(ids).logits.log_softmax(-1)
+
+    expected = logits(reference)
+    _ours(small, options)
+    merged = {"ours, float16": load_file(str(small / "ours" / "output" / "model.safetensors"))}
+    for dtype in ("bfloat16", "float16", "float32"):
+        _peft(small, options, dtype=dtype)
+        weights = load_file(str(small / "peft" / "model.safetensors"))
+        merged[f"peft, {dtype}" + (" saved as float16" if dtype == "float32" else "")] = {
+            name: tensor.half() if dtype == "float32" else tensor for name, tensor in weights.items()
+        }
+    kl = {name: float((expected.exp() * (expected - logits(weights))).sum(-1).mean()) for name, weights in merged.items()}
+    (work / "divergence.json").write_text(json.dumps(kl), encoding="utf-8")
+
+
+ARMS = {"make": _make, "copy": _copy, "ours": _ours, "peft": _peft, "divergence": _divergence}
+
+
+def _report(options: argparse.Namespace, figures: dict[str, dict[str, float]], kl: dict[str, float]) -> str:
+    ours, peft, copy = figures["ours"], figures["peft"], figures["copy"]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    ratios = {
+        "peak memory, GiB": (ours["rss_gib"], GOALS["rss_gib"]),
+        "CPU-seconds / PEFT's": (ours["cpu"] / peft["cpu"], GOALS["cpu_ratio"]),
+        "wall / copy's": (ours["wall"] / copy["wall"], GOALS["wall_ratio"]),
+        "KL / PEFT's in bfloat16": (kl["ours, float16"] / kl["peft, bfloat16"], GOALS["kl_ratio"]),
+    }
+    lines = [
+        f"{options.layers} of 32 layers, {options.threads} threads, seed {options.seed}; {platform.processor() or platform.machine()}, "
+        f"{os.cpu_count()} cores, load {load}; Python {platform.python_version()}, {versions}",
+        "",
+        "| arm | peak memory, GiB | CPU-seconds | wall, s |",
+        "|---|---|---|---|",
+        *(f"| {arm} | {f['rss_gib']:.2f} | {f['cpu']:.1f} | {f['wall']:.1f} |" for arm, f in figures.items()),
+        "",
+        "| merged by | KL to the float64 merge, nats |",
+        "|---|---|",
+        *(f"| {name} | {value:.2e} |" for name, value in kl.items()),
+        "",
+        "| ours | measured | goal at most | |",
+        "|---|---|---|---|",
+        *(f"| {name} | {value:.4g} | {goal:g} | {'met' if value <= goal else 'missed'} |" for name, (value, goal) in ratios.items()),
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
