@@ -20,7 +20,6 @@ from parampara.errors import ArtifactDamaged, InvalidData
 from parampara.schemas.stages import ArtifactKind
 
 MANIFEST_NAME = "manifest.json"
-_BLOCK = 1 << 20
 
 
 class FileEntry(BaseModel):
@@ -57,11 +56,8 @@ class Manifest(BaseModel):
 
 
 def sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe(directory: Path, *, kind: ArtifactKind, parents: list[str], config: dict[str, Any], versions: dict[str, str]) -> Manifest:
