@@ -122,6 +122,24 @@ def test_curves_as_the_trainer_writes_them(tmp_path: Path) -> None:
     assert (curve.train, curve.validation) == ([(1, 3.5), (2, 3.0)], [(0, 3.6), (2, 3.1)])
 
 
+def test_a_curve_says_how_fast_and_at_what_cost(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.5}\n{"step": 9, "loss": 2.5}\n')
+    summary = {
+        "backend": "trl",
+        "trained_in": "nf4",
+        "steps": 9,
+        "tokens_per_second": 8100.4,
+        "mfu": 0.41,
+        "cost": 1.5,
+        "peak_memory_bytes": 22.1e9,
+    }
+    (tmp_path / "training.json").write_text(json.dumps(summary))
+    (curve,) = read_curves(dapt=None, sft=tmp_path)
+    assert curve.note == "trl, base in nf4, 9 steps, 8,100 tokens/s, 41% of the device's peak, cost 1.50, peak memory 22.1 GB"
+    write(result(), ledger(), [curve], directory=tmp_path)
+    assert "41% of the device" in (tmp_path / "report.html").read_text()
+
+
 def test_the_summary_fills_in_a_missing_validation_history(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.5}\n{"step": 9, "loss": 2.5}\n')
     (tmp_path / "training.json").write_text('{"validation_loss_before": 3.6, "validation_loss_after": 2.7}')

@@ -47,6 +47,8 @@ def test_a_stage_in_few_words() -> None:
         "progress": {"phase": "train", "step": 3, "total": 9, "metrics": {"loss": 2.5, "tokens_per_s": 1234.0, "grad_norm": None}},
     }
     assert doing(job) == "train  3/9  loss 2.500  1,234 tokens/s"
+    speed = {"tokens_per_s": 8100.0, "mfu": 0.412, "peak_memory_bytes": 22.14e9, "cost": 1.345}
+    assert doing({**job, "progress": {**job["progress"], "metrics": speed}}) == "train  3/9  8,100 tokens/s  41% MFU  22.1 GB  cost 1.34"
     assert doing({**job, "status": "failed", "error": {"message": "out of disk"}}) == "out of disk"
     assert doing({**job, "status": "succeeded", "reused_from": "job_1"}) == "reused"
 

@@ -11,11 +11,12 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from merger import merge
 from parampara.errors import InvalidData, Preempted
 from parampara.execution import stop
 from parampara.manifest import sha256_file
 from parampara.progress import SilentProgress
-from parampara.schemas.stages import DaptConfig, LoraParams, SftConfig
+from parampara.schemas.stages import DaptConfig, LoraParams, MergeConfig, MergeParams, SftConfig
 from tests.trainer.runs import dapt_config, losses, sft_config
 from trainer import chat, dapt, sft
 from trainer.engine import load_tokenizer
@@ -64,7 +65,7 @@ def loss_of(model: Any, config: SftConfig) -> float:
     return total / tokens
 
 
-def test_dora_rslora_and_patterns_are_trained_and_read_back_by_peft(base: Path, qa: Path, tmp_path: Path) -> None:
+def test_dora_rslora_and_patterns_are_trained_read_back_by_peft_and_merged(base: Path, qa: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -83,6 +84,13 @@ def test_dora_rslora_and_patterns_are_trained_and_read_back_by_peft(base: Path, 
     projection = model.base_model.model.model.layers[0].self_attn.v_proj
     assert projection.scaling["default"] == pytest.approx(16 / 4**0.5)
     assert loss_of(model, config) == pytest.approx(result.validation_loss_after, abs=1e-4)
+    merging = MergeConfig(model=base, adapters=[result.output], params=MergeParams(dtype="float32"))
+    merged = merge.run(merging, workdir=tmp_path / "merge", progress=SilentProgress())
+    served: Any = AutoModelForCausalLM.from_pretrained(str(merged.output)).eval()
+    row = torch.tensor([chat.build_rows(config, load_tokenizer(base)).validation[0].input_ids])
+    with torch.no_grad():
+        assert torch.allclose(served(row).logits, model(row).logits, atol=2e-5)
+    assert loss_of(served, config) == pytest.approx(result.validation_loss_after, abs=1e-4)
 
 
 def test_the_method_survives_a_stop_bit_by_bit(base: Path, qa: Path, tmp_path: Path) -> None:

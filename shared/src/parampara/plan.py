@@ -93,7 +93,7 @@ def plan_run(recipe: Recipe, datasets: Mapping[str, list[str]]) -> list[PlannedJ
     stages, base = recipe.stages, {"base": recipe.base_model}
     books = {"train": _files(datasets["books"]), "validation": _files(datasets["books_validation"])}
     qa = {"train": _files(datasets["qa"]), "validation": _files(datasets["qa_validation"])}
-    training = {"seed": recipe.seed, "backend": recipe.backend}
+    training = {"seed": recipe.seed, "backend": recipe.backend, "tracking": recipe.tracking.model_dump(mode="json")}
     merge = stages.merge.model_dump(mode="json")
     planned = [
         PlannedJob("dapt", "dapt", (), {"model": [base], **books}, stages.dapt.model_dump(mode="json"), training),

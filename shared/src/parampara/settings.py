@@ -40,6 +40,10 @@ class WorkerSettings(BaseModel):
     """A stage process that reports nothing for this long is stopped and counted as a crash."""
     metrics_port: Port | None = None
     metrics_host: str = "127.0.0.1"
+    price_per_hour: Annotated[float, Field(ge=0)] | None = None
+    """What an hour of this machine costs, in the currency you like; None: training reports no cost."""
+    peak_flops: Annotated[float, Field(gt=0)] | None = None
+    """Peak of this worker's device, FLOPS per second; None: from a table of GPUs, and no MFU elsewhere."""
 
     @model_validator(mode="after")
     def _beats_often_enough(self) -> WorkerSettings:

@@ -57,7 +57,7 @@ def render(result: EvaluateResult, ledger: ParityLedger, history: Sequence[Curve
         result=result,
         verdict=_DECISIONS[result.decision],
         headlines=_headlines(metrics),
-        charts=[(curve.title, curves.draw(curve)) for curve in history],
+        charts=[(curve.title, curves.draw(curve), curve.note) for curve in history],
         models=[(name, _MODEL_TITLES[name]) for name in MODELS if f"perplexity.{name}" in metrics],
         metrics=metrics,
         ledger=ledger,

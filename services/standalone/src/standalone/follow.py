@@ -80,6 +80,12 @@ def doing(job: dict[str, Any]) -> str:
         parts.append(f"loss {loss:.3f}")
     if (rate := metrics.get("tokens_per_s", metrics.get("tokens_per_second"))) is not None:
         parts.append(f"{rate:,.0f} tokens/s")
+    if (share := metrics.get("mfu")) is not None:
+        parts.append(f"{share:.0%} MFU")
+    if (memory := metrics.get("peak_memory_bytes")) is not None:
+        parts.append(f"{memory / 1e9:.1f} GB")
+    if (cost := metrics.get("cost")) is not None:
+        parts.append(f"cost {cost:.2f}")
     return "  ".join(part for part in parts if part)
 
 

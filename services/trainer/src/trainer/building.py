@@ -46,7 +46,7 @@ def build_trainer(
     config: Config, *, choice: Choice, hardware: Hardware, model: Any, tokenizer: Any, data: StageData, plan: Plan, workdir: Path
 ) -> Any:
     from datasets import Dataset
-    from transformers import set_seed
+    from transformers import PrinterCallback, set_seed
     from trl import SFTConfig
 
     set_seed(config.seed)
@@ -56,7 +56,13 @@ def build_trainer(
     adapter = adapter_parameters(model)
     trainer = kind(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
     restore_adapter(model, adapter)
+    trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def run_name(config: Config, workdir: Path) -> str:
+    """The same for each attempt of a job: trackers go on under it."""
+    return f"{config.kind}-{workdir.name}"
 
 
 def optimizer_taken(trainer: Any) -> str:
@@ -94,6 +100,7 @@ def training_arguments(config: Config, *, hardware: Hardware, steps: int, workdi
         "eval_strategy": "no",
         "save_strategy": "no",
         "logging_nan_inf_filter": False,
-        "report_to": [],
+        "report_to": list(config.tracking.report_to),
+        "run_name": run_name(config, workdir),
         "disable_tqdm": True,
     }

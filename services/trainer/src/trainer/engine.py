@@ -22,15 +22,17 @@ from parampara.execution import stop
 from parampara.manifest import weights_fingerprint
 from parampara.progress import Progress
 from parampara.schemas.stages import TrainParams, TrainResult
+from trainer import tracking
 from trainer.backends import Choice
-from trainer.building import Config, build_trainer, load_model, optimizer_taken
+from trainer.building import Config, build_trainer, load_model, optimizer_taken, run_name
 from trainer.checkpoints import CheckpointStore
 from trainer.loop import Ledger, RunContext, append_metrics, read_ledger, truncate_metrics
 from trainer.methods import trained_in
 from trainer.output import read_lineage, write_output
 from trainer.plan import Plan, plan_batches
-from trainer.precision import Hardware, choose_hardware, peak_memory_bytes
+from trainer.precision import Hardware, choose_hardware
 from trainer.rows import StageData
+from trainer.speed import Speedometer
 from trainer.validation import mean_loss
 
 _VERSIONED = ("torch", "transformers", "trl", "peft", "accelerate", "safetensors", "tokenizers", "unsloth", "unsloth_zoo", "bitsandbytes")
@@ -50,6 +52,8 @@ def train_adapter(
     progress.event(f"backend {choice.name}: {choice.reason}", backend=choice.name, device=hardware.device.type, dtype=hardware.dtype)
     if params.train.load_in_4bit:
         progress.event("the adapter is trained on a 4-bit copy of the base and merged into the base itself: the two differ", level="warn")
+    directory = config.tracking_directory or workdir / "tracking"
+    tracking.prepare(config.tracking, directory=directory, run=run_name(config, workdir))
     progress.phase("prepare data")
     base_sha256 = weights_fingerprint(_model_directory(config.model))
     lineage = read_lineage(config.model, base_sha256)
@@ -142,8 +146,8 @@ def _plan(config: Config, data: StageData, progress: Progress) -> Plan:
 
 
 def _resume_key(config: Config, *, choice: Choice, hardware: Hardware, data: StageData, plan: Plan, base_sha256: str) -> str:
-    """Hash of everything that must be equal for a resumed run to be the same run. Paths and retention are not part of it."""
-    settings = config.model_dump(mode="json", exclude={"model", "data"})
+    """Hash of everything that must be equal for a resumed run to be the same run: not paths, retention, trackers and prices."""
+    settings = config.model_dump(mode="json", exclude={"model", "data", "tracking", "tracking_directory", "machine"})
     for free in ("checkpoint_steps", "keep_checkpoints", "logging_steps"):
         settings["params"]["train"].pop(free)
     facts = {
@@ -197,6 +201,7 @@ def _attach(
         checkpoint_steps=train.checkpoint_steps,
         eval_steps=train.eval_steps,
         logging_steps=train.logging_steps,
+        speed=Speedometer.of(trainer.model, hardware=hardware, machine=config.machine),
         ledger=ledger,
     )
     truncate_metrics(run.metrics_path, -1 if found is None else found.step)
@@ -214,6 +219,7 @@ def _measure_before(trainer: Any, progress: Progress) -> None:
     trainer.model.train()
     trainer.run.ledger.validation_before = before
     append_metrics(trainer.run.metrics_path, 0, {"validation_loss": before})
+    trainer.track({"validation_loss": before})
 
 
 def _result(
@@ -229,6 +235,8 @@ def _result(
     resumed: Path | None,
 ) -> TrainResult:
     ledger, plan = trainer.run.ledger, trainer.run.plan
+    rate = ledger.tokens / max(ledger.seconds, 1e-9)
+    measured = trainer.run.speed.read(tokens_per_second=rate, seconds=ledger.seconds)
     span = max(1, min(10, len(ledger.losses) // 2))
     return TrainResult(
         output=workdir / "output",
@@ -241,7 +249,7 @@ def _result(
         steps=plan.steps,
         epochs=plan.epoch_at(plan.steps),
         trained_tokens=ledger.tokens,
-        tokens_per_second=ledger.tokens / max(ledger.seconds, 1e-9),
+        tokens_per_second=rate,
         seconds=ledger.seconds,
         train_loss_first=sum(ledger.losses[:span]) / span,
         train_loss_last=sum(ledger.losses[-span:]) / span,
@@ -251,7 +259,10 @@ def _result(
         perplexity_after=math.exp(min(after, 700.0)),
         resumed_from_step=0 if resumed is None else int(resumed.name.rpartition("-")[2]),
         packing_efficiency=ledger.tokens / ledger.positions,
-        peak_memory_bytes=peak_memory_bytes(hardware.device),
+        peak_memory_bytes=int(measured["peak_memory_bytes"]),
+        flops_per_token=trainer.run.speed.flops_per_token,
+        mfu=measured.get("mfu"),
+        cost=measured.get("cost"),
         library_versions=library_versions(),
     )
 

@@ -23,6 +23,7 @@ from parampara.progress import Progress
 from trainer import rng
 from trainer.checkpoints import CheckpointStore
 from trainer.plan import Plan
+from trainer.speed import Speedometer
 from trainer.state_tree import join_tensors, split_tensors
 
 ADAPTER = "adapter.safetensors"
@@ -63,6 +64,7 @@ class RunContext:
     checkpoint_steps: int
     eval_steps: int | None
     logging_steps: int
+    speed: Speedometer
     ledger: Ledger = field(default_factory=Ledger)
 
 
@@ -76,6 +78,8 @@ class StageLoop:
     lr_scheduler: Any
     accelerator: Any
     state: Any
+    control: Any
+    callback_handler: Any
     train_dataset: Any
     data_collator: Any
 
@@ -161,22 +165,32 @@ class StageLoop:
         ledger, window = self.run.ledger, self.run.ledger.losses[-self.run.logging_steps :]
         seconds = ledger.seconds - self._seconds_at_start
         done_here = len(ledger.losses) - self._losses_at_start
+        rate = (ledger.tokens - self._tokens_at_start) / max(seconds, 1e-9)
         record = {
             "loss": sum(window) / len(window),
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             "epoch": self.run.plan.epoch_at(step),
             "tokens": float(ledger.tokens),
-            "tokens_per_s": (ledger.tokens - self._tokens_at_start) / max(seconds, 1e-9),
+            "tokens_per_s": rate,
             "eta_s": seconds / done_here * (total - step),
+            **self.run.speed.read(tokens_per_second=rate, seconds=ledger.seconds),
         }
         append_metrics(self.run.metrics_path, step, record)
+        self.track(record)
         self.run.progress.step(step, total, **record)
+
+    def track(self, record: dict[str, float]) -> None:
+        """Tell the trackers of ``report_to``; the library's own logging is off, so they hear of nothing else."""
+        if self.args.report_to:
+            logs = {("eval_loss" if name == "validation_loss" else name): value for name, value in record.items()}
+            self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def _evaluate_if_due(self, step: int) -> None:
         """Validation loss on the way; asked to stop meanwhile, the run keeps the steps before it and evaluates when it goes on."""
         run = self.run
         due = run.eval_steps is not None and 0 < step < run.plan.steps and step % run.eval_steps == 0
+        due = due or (step == run.plan.steps and bool(self.args.report_to))  # trackers end with the training
         if not due or str(step) in run.ledger.validation_after:
             return
         try:
@@ -186,6 +200,7 @@ class StageLoop:
         self.model.train()
         run.ledger.validation_after[str(step)] = loss
         append_metrics(run.metrics_path, step, {"validation_loss": loss})
+        self.track({"validation_loss": loss})
         run.progress.step(step, run.plan.steps, validation_loss=loss)
 
     # --------------------------------------------------------------------------------------------------- checkpoints

@@ -191,7 +191,14 @@ def _cache_key(gathered: Gathered, inputs: dict[str, list[_Input]], params: Any)
 def _train(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Settings) -> dict[str, Any]:
     spec = gathered.spec
     data = {"train": _paths(inputs["train"]), "validation": _paths(inputs["validation"])}
-    return {"model": inputs["model"][0].path, "data": data, "params": spec["params"], "backend": spec["backend"], "seed": spec["seed"]}
+    return {
+        "model": inputs["model"][0].path,
+        "data": data,
+        **{name: spec[name] for name in ("params", "backend", "seed")},
+        "tracking": spec.get("tracking", {}),
+        "tracking_directory": settings.home.resolve() / "tracking",
+        "machine": {"peak_flops": settings.worker.peak_flops, "price_per_hour": settings.worker.price_per_hour},
+    }
 
 
 def _merge(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Settings) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from parampara.schemas.stages import (
     QuantizeParams,
     SftParams,
     Strict,
+    Tracking,
 )
 
 
@@ -41,6 +42,7 @@ class Recipe(Strict):
     suffix: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")] = "expert"
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 42
     backend: Literal["auto", "unsloth", "trl"] = "auto"
+    tracking: Tracking = Tracking()
     stages: Stages = Stages()
     gates: list[Gate] = []
 

@@ -191,6 +191,26 @@ class QaData(Strict):
     validation: list[Path] = []
 
 
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+
+
+class Tracking(Strict):
+    """Where else the curves go; the run's own record (metrics.jsonl, events, checkpoints) is always there."""
+
+    report_to: list[Tracker] = []
+    """Each needs its library where the trainer runs: ``pip install 'parampara-trainer[tensorboard]'``, ``[wandb]``, ``[mlflow]``."""
+    project: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")] = "parampara"
+    """Project of W&B, experiment of MLflow."""
+
+
+class Machine(Strict):
+    """What a run's speed is measured against and what an hour of it costs; of the worker, and no part of what is trained."""
+
+    peak_flops: Annotated[float, Field(gt=0)] | None = None
+    """FLOPS per second of the device in the format trained in; None: from a table of GPUs, and unknown elsewhere."""
+    price_per_hour: Annotated[float, Field(ge=0)] | None = None
+
+
 class DaptConfig(Strict):
     kind: Literal["dapt"] = "dapt"
     model: Path
@@ -198,6 +218,10 @@ class DaptConfig(Strict):
     params: DaptParams = DaptParams()
     backend: Literal["auto", "unsloth", "trl"] = "auto"
     seed: int = 42
+    tracking: Tracking = Tracking()
+    tracking_directory: Path | None = None
+    """None: ``workdir / "tracking"``."""
+    machine: Machine = Machine()
 
 
 class SftConfig(Strict):
@@ -207,6 +231,10 @@ class SftConfig(Strict):
     params: SftParams = SftParams()
     backend: Literal["auto", "unsloth", "trl"] = "auto"
     seed: int = 42
+    tracking: Tracking = Tracking()
+    tracking_directory: Path | None = None
+    """None: ``workdir / "tracking"``."""
+    machine: Machine = Machine()
 
 
 class TrainResult(Strict):
@@ -236,6 +264,12 @@ class TrainResult(Strict):
     resumed_from_step: int = 0
     packing_efficiency: float | None = None
     peak_memory_bytes: int
+    flops_per_token: int = 0
+    """Of the model, in a training step; ``trainer.speed`` says how it is counted."""
+    mfu: float | None = None
+    """Share of the device's peak that the model's own operations make up (Chowdhery et al. 2022); None: the peak is not known."""
+    cost: float | None = None
+    """``seconds`` at the price of ``PARAMPARA_WORKER__PRICE_PER_HOUR``, in its currency; loading and validation are not in it."""
     library_versions: dict[str, str] = {}
 
 
