@@ -26,6 +26,11 @@ GATES = [
     {"metric": "parity.merged.differs_from_base", "min": 1, "action": "fail"},
     {"metric": "parity.quantized.chat_template", "min": 1, "action": "fail"},
     {"metric": "exact.sft", "min": 0, "action": "fail"},
+    {"metric": "parity.live.top1", "min": 0.9, "action": "fail"},
+    {"metric": "parity.live.chat_template", "min": 1, "action": "fail"},
+    {"metric": "parity.live.generation_config", "min": 1, "action": "fail"},
+    {"metric": "serving.openai_format", "min": 1, "action": "fail"},
+    {"metric": "serving.tokens_per_second", "min": 0.1, "action": "fail"},
 ]
 
 
@@ -69,6 +74,9 @@ def test_the_line_from_base_model_to_cited_answer(tmp_path: Path, open_home: Pat
     report = json.loads((home / "demo" / "report.json").read_text(encoding="utf-8"))
     assert {stage["stage"] for stage in report["stages"]} == {"dapt", "merge_dapt", "sft", "merge", "quantize", "evaluate", "deploy"}
     assert all(stage["status"] == "succeeded" for stage in report["stages"])
+    assert all(gate["passed"] for gate in report["gates"])
+    assert {gate["metric"] for gate in report["gates"]} == {gate["metric"] for gate in GATES}
+    assert {"parity.live.kl", "serving.tokens_per_second_4_streams"} <= report["metrics"].keys()
     assert len(report["answers"]) == 3
     for answer in report["answers"]:
         assert answer["model"] == report["model"]

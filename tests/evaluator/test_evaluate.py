@@ -15,6 +15,7 @@ from evaluator.line import members
 from parampara.errors import InvalidData, InvalidRequest, Preempted
 from parampara.execution import stop
 from parampara.progress import SilentProgress
+from parampara.schemas.expectations import read_expectations
 from parampara.schemas.ledger import ParityLedger
 from parampara.schemas.metrics import is_reported
 from parampara.schemas.stages import EvaluateParams, EvaluateResult, Gate
@@ -93,6 +94,27 @@ def test_the_output_is_the_report_and_nothing_else_remains(done: tuple[EvaluateR
     assert EvaluateResult.model_validate_json((result.output / "report.json").read_text()).metrics == result.metrics
     ledger = ParityLedger.model_validate_json((result.output / "ledger.json").read_text())
     assert ledger.metrics() == {name: value for name, value in result.metrics.items() if name.startswith("parity.")}
+
+
+def test_the_expectations_are_what_the_quantized_model_says(done: tuple[EvaluateResult, Recorded], line: Line) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    told = read_expectations(done[0].output)
+    assert told is not None
+    assert (told.model, len(told.probes), told.max_new_tokens) == ("quantized", 3, 6)
+    probe, directory = told.probes[0], line.root / "quantized"
+    tokenizer: Any = AutoTokenizer.from_pretrained(line.root / "base")
+    messages = [message.model_dump() for message in probe.messages]
+    assert probe.prompt == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert probe.prompt_ids == tokenizer(probe.prompt, add_special_tokens=False).input_ids
+    assert tokenizer.decode(probe.forced_ids).startswith("Answer: ")
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, device_map={"": "cpu"})
+    with torch.inference_mode():
+        rows = model(torch.tensor([probe.prompt_ids + probe.forced_ids])).logits[0].float().log_softmax(-1)[len(probe.prompt_ids) - 1 : -1]
+    assert probe.forced_logprobs == pytest.approx([float(row[token]) for row, token in zip(rows, probe.forced_ids, strict=True)], abs=0.05)
+    assert [ids[0] for ids in probe.top_ids] == rows.argmax(-1).tolist()
+    assert len(probe.greedy_ids) <= 6
 
 
 def test_samples_hold_every_models_answer_in_both_languages(done: tuple[EvaluateResult, Recorded]) -> None:

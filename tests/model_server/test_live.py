@@ -1,7 +1,8 @@
 """The live endpoint held against an evaluation, with answers that vLLM 0.32 gave: the right model, another one, and damaged ones.
 
 ``recorded/<server>.json`` are exchanges with a real server, ``recorded/expected_<model>.json`` what the evaluator measured on a model:
-``base`` is examples/kp/base, ``tuned`` the same after a small change of every projection.
+``base`` is examples/kp/base, ``tuned`` the same after a small change of every projection, ``int8`` the same in W8A8, ``damaged`` that with the
+scale of one projection doubled and another name for the assistant in its template. Of ``prompt_logprobs`` the forced positions were kept.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from model_server.deploy import live_gates
 from model_server.live import openai_format, replay, speed
 from model_server.live.compare import Position, Sums, coarse_kl, common_prefix, compare, read_positions
 from model_server.live.endpoint import Endpoint
@@ -22,6 +24,7 @@ from parampara.errors import InvalidData, Preempted, Unavailable, UpstreamFailed
 from parampara.execution import stop
 from parampara.progress import SilentProgress
 from parampara.schemas.expectations import Expectations, read_expectations
+from parampara.schemas.stages import DeployConfig, DeployParams, Gate, LiveParams
 
 RECORDED = Path(__file__).with_name("recorded")
 BASE = Path(__file__).resolve().parents[2] / "examples" / "kp" / "base"
@@ -97,6 +100,14 @@ def test_a_stale_endpoint_that_serves_the_base_under_the_name_is_caught() -> Non
     assert metrics["parity.live.kl"] > 0.05
     assert metrics["parity.live.greedy_match"] < 1
     assert metrics["parity.live.chat_template"] == 1.0
+
+
+def test_a_wrong_scale_and_a_swapped_template_are_caught_by_different_figures() -> None:
+    metrics = measure(exchanges("damaged"), "int8")
+    assert metrics["parity.live.top1"] < 0.97
+    assert metrics["parity.live.kl"] > 0.02
+    assert metrics["parity.live.chat_template"] == 0.0
+    assert metrics["parity.live.generation_config"] == 1.0
 
 
 def test_a_prompt_that_the_server_renders_otherwise_is_caught() -> None:
@@ -285,6 +296,21 @@ def test_an_unknown_model_has_to_be_a_404_in_openais_shape() -> None:
     assert openai_format.error_faults(404, error) == []
     assert openai_format.error_faults(200, "{}") == ["has status 200 and not 404", "error: Field required"]
     assert openai_format.models_faults('{"object": "list", "data": []}', model=MODEL) == [f"does not name {MODEL!r}"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- bounds
+
+
+def test_a_gate_of_the_recipe_takes_the_place_of_the_bound_on_its_metric(tmp_path: Path) -> None:
+    own = Gate(metric="parity.live.top1", min=0.5, action="fail")
+    told: dict[str, Any] = {"artifact_id": "sha256:a", "model_path": tmp_path, "model_name": "m", "alias": "kp", "generation": 1}
+    config = DeployConfig(**told, model_server_url="http://x", gates=[own], params=DeployParams())
+    assert [(gate.metric, gate.min, gate.action) for gate in live_gates(config)] == [
+        ("parity.live.top1", 0.5, "fail"),
+        ("parity.live.chat_template", 1.0, "hold"),
+    ]
+    unbound = DeployParams(live=LiveParams(min_top1=None, same_prompts=False))
+    assert live_gates(config.model_copy(update={"gates": [], "params": unbound})) == []
 
 
 # ------------------------------------------------------------------------------------------------------------------ file

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -19,12 +20,14 @@ import pytest
 from model_server.deploy import run
 from parampara.errors import InvalidRequest
 from parampara.progress import SilentProgress
-from parampara.schemas.stages import DeployConfig, DeployParams
+from parampara.schemas.stages import DeployConfig, DeployParams, DeployResult, Gate
 from standalone.places import vllm_command
+from tests.compressed import compress
 from tests.conftest import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "kp" / "base"
+RECORDED = Path(__file__).with_name("recorded")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
@@ -62,19 +65,21 @@ class Server:
     def report(self) -> dict:
         return httpx.get(f"{self.url}/deployment").json()
 
-    def config(self, model: Path, *, generation: int) -> DeployConfig:
+    def config(self, model: Path, *, generation: int, **more: Any) -> DeployConfig:
+        alias = more.pop("alias", "kp")
         return DeployConfig(
+            **more,
             artifact_id=f"sha256:{generation}",
             model_path=model,
             model_name=f"ft:tiny:org:kp:{generation}",
-            alias="kp",
+            alias=alias,
             generation=generation,
             model_server_url=self.url,
-            params=DeployParams(alias="kp", ready_timeout_seconds=200),
+            params=DeployParams(alias=alias, ready_timeout_seconds=200),
         )
 
-    def deploy(self, model: Path, workdir: Path, *, generation: int):
-        return run(self.config(model, generation=generation), workdir=workdir, progress=SilentProgress())
+    def deploy(self, model: Path, workdir: Path, *, generation: int, **more: Any) -> DeployResult:
+        return run(self.config(model, generation=generation, **more), workdir=workdir, progress=SilentProgress())
 
     def ask(self, model: str) -> httpx.Response:
         body = {"model": model, "messages": [{"role": "user", "content": "Which day comes after Sunday?"}], "max_tokens": 8}
@@ -93,6 +98,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         server.process.wait(90)
 
 
+def evaluation(folder: Path, model: str) -> Path:
+    """An evaluation of ``model`` as the deploy stage gets it (see test_live)."""
+    output = folder / f"evaluation-{model}"
+    output.mkdir()
+    shutil.copyfile(RECORDED / f"expected_{model}.json", output / "expectations.json")
+    return output
+
+
 def until(happened: Callable[[], object], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
@@ -108,6 +121,16 @@ def test_a_deployment_is_ready_once_it_has_answered_under_its_own_name(server: S
     answer = server.ask("ft:tiny:org:kp:1")
     assert answer.json()["model"] == "ft:tiny:org:kp:1"
     assert server.ask("somebody-else").status_code == 404
+
+
+def test_the_model_that_was_evaluated_is_measured_and_accepted(server: Server, tmp_path: Path) -> None:
+    gates = [Gate(metric="parity.live.generation_config", min=1), Gate(metric="serving.openai_format", min=1)]
+    gates += [Gate(metric="serving.tokens_per_second", min=0.1), Gate(metric="parity.live.kl", max=1e-3)]
+    result = server.deploy(MODEL, tmp_path, generation=1, evaluation=evaluation(tmp_path, "base"), gates=gates)
+    assert [gate.metric for gate in result.gates if not gate.passed] == []
+    assert {"parity.live.top1", "parity.live.chat_template"} <= {gate.metric for gate in result.gates}  # the bounds of params.live
+    assert (result.decision, result.not_measured) == ("promote", None)
+    assert server.report()["status"] == "ready"
 
 
 def test_the_same_deployment_again_starts_nothing(server: Server, tmp_path: Path) -> None:
@@ -142,6 +165,32 @@ def test_a_model_that_cannot_be_loaded_is_refused_and_the_one_before_serves_on(s
     with pytest.raises(InvalidRequest) as stale:
         server.deploy(MODEL, tmp_path, generation=1)
     assert stale.value.code == "stale_generation"
+
+
+def test_a_stale_endpoint_is_held_and_what_it_serves_goes_on(server: Server, tmp_path: Path) -> None:
+    """vLLM serves the base under the name of a model that was tuned from it."""
+    result = server.deploy(MODEL, tmp_path, generation=1, alias="other", evaluation=evaluation(tmp_path, "tuned"))
+    assert result.decision == "hold"
+    assert [gate.metric for gate in result.gates if not gate.passed] == ["parity.live.top1"]
+    assert "parity.live.top1" in server.report()["error"]
+    assert server.ask("ft:tiny:org:kp:1").status_code == 200
+
+
+def test_a_wrong_scale_and_a_swapped_template_are_held_and_the_model_before_serves_again(server: Server, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    damaged = compress(MODEL, tmp_path / "damaged")
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight_scale"] *= 2
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    template = damaged / "chat_template.jinja"
+    template.write_text(template.read_text().replace("|>assistant<|", "|>model<|"))
+    result = server.deploy(damaged, tmp_path, generation=3, evaluation=evaluation(tmp_path, "int8"))
+    assert result.decision == "hold"
+    assert [gate.metric for gate in result.gates if not gate.passed] == ["parity.live.top1", "parity.live.chat_template"]
+    assert (server.report()["status"], server.report()["generation"]) == ("failed", 3)
+    until(lambda: server.report()["serving"] == "ft:tiny:org:kp:1", 200)
+    assert server.ask("ft:tiny:org:kp:1").status_code == 200
 
 
 def test_a_killed_supervisor_leaves_no_engine_and_the_next_one_serves_the_same_model(server: Server) -> None:

@@ -38,6 +38,21 @@ def test_dependencies_come_earlier_and_cover_every_input() -> None:
         before[job.name] = needed
 
 
+def test_gates_on_the_live_endpoint_go_to_the_deployment_with_the_evaluation() -> None:
+    gates = [{"metric": "exact.sft", "min": 0.5}, {"metric": "parity.live.top1", "min": 0.9}, {"metric": "serving.openai_format", "min": 1}]
+    planned = {job.name: job for job in plan_run(parse_recipe({"name": "r", "base_model": "b", "gates": gates}), DATASETS)}
+    judged = {name: [gate["metric"] for gate in planned[name].extra["gates"]] for name in ("evaluate", "deploy")}
+    assert judged == {"evaluate": ["exact.sft"], "deploy": ["parity.live.top1", "serving.openai_format"]}
+    assert planned["deploy"].inputs["evaluation"] == [{"job": "evaluate"}]
+
+
+def test_a_gate_on_the_live_endpoint_of_a_run_that_deploys_nothing_is_refused() -> None:
+    gates = [{"metric": "serving.tokens_per_second", "min": 50}]
+    with pytest.raises(InvalidRequest, match="deploy is null") as caught:
+        parse_recipe({"name": "r", "base_model": "b", "gates": gates, "stages": {"deploy": None}})
+    assert caught.value.param == "recipe.gates.0.metric"
+
+
 def test_a_recipe_without_deploy_ends_with_the_evaluation() -> None:
     recipe = parse_recipe({"name": "r", "base_model": "b", "stages": {"deploy": None}})
     assert plan_run(recipe, DATASETS)[-1].name == "evaluate"
