@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from evaluator.models import Conversation
+from parampara.schemas.expectations import generation_config
 
 CONVERSATIONS: list[Conversation] = [
     [{"role": "user", "content": "Who rules the first star?"}],
@@ -69,7 +70,7 @@ def same_tokenizer(reference: Any, candidate: Any, probes: Sequence[Conversation
 
 def same_generation_config(reference: Path, candidate: Path) -> float:
     """1.0 if both model directories say the same about generation (or both say nothing), else 0.0."""
-    return float(_generation_config(reference) == _generation_config(candidate))
+    return float(generation_config(reference) == generation_config(candidate))
 
 
 def fixed_sha256() -> str:
@@ -86,12 +87,6 @@ def _rendered(tokenizer: Any, conversation: Conversation, open_ended: bool) -> s
         return tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=open_ended)
     except TemplateError as error:
         return f"refused: {error}"
-
-
-def _generation_config(directory: Path) -> dict[str, Any]:
-    path = directory / "generation_config.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {key: value for key, value in stored.items() if key not in ("transformers_version", "_from_model_config")}
 
 
 def _share(equal: Sequence[bool]) -> float:
