@@ -56,6 +56,7 @@ def test_trl_and_peft_are_given_what_is_written(config: DaptConfig | SftConfig, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_unsloth_is_given_what_is_written(base: Path, library: Path, qa: Path) -> None:
     command = [sys.executable, "-m", "tests.trainer.built", "unsloth", str(base), str(library), str(qa)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=RECIPE.parents[1])
