@@ -1,7 +1,8 @@
 """Make the two environments: ``.venv`` (platform, training, evaluation) and ``.venv-vllm`` (vLLM, which pins older packages).
 
-``python3 scripts/setup.py [--dev] [--only platform|vllm|client] [--force]``. Needs Python 3.11 or newer with ``venv``, nothing else: no
-compiler, no root. A second call notices that nothing has changed and ends at once; an interrupted one is simply called again.
+``python3 scripts/setup.py [--dev] [--only platform|vllm|client|llmcompressor] [--force]``. Needs Python 3.11 or newer with ``venv``,
+nothing else: no compiler, no root. A second call notices that nothing has changed and ends at once; an interrupted one is simply
+called again.
 
 PyTorch is taken as a CPU build: from where pip finds one by itself (a folder in ``PIP_FIND_LINKS``), else from PyTorch's
 public CPU index. ``TORCH=cuda`` takes CUDA builds and the GPU build of vLLM instead; ``PARAMPARA_TORCH_INDEX`` names another index.
@@ -82,7 +83,7 @@ def main() -> int:
     began = time.monotonic()
     try:
         with _alone():
-            make = {"platform": _platform, "vllm": _vllm, "client": _client}
+            make = {"platform": _platform, "vllm": _vllm, "client": _client, "llmcompressor": _llmcompressor}
             done = [make[name](arguments) for name in ([arguments.only] if arguments.only else ["platform", "vllm"])]
     except SetupFailed as error:
         return _fail(str(error))
@@ -163,6 +164,22 @@ def _client(arguments: argparse.Namespace) -> bool:
     editable = [word for package in packages for word in ("-e", str(ROOT / package))]
     environment.pip(steps, "the `parampara` command", *constraints, "--no-build-isolation", *editable)
     environment.finish(dev=False, torch="none")
+    return True
+
+
+def _llmcompressor(arguments: argparse.Namespace) -> bool:
+    """llm-compressor, for the quantizer's schemes gptq and smoothquant. Only made when asked for: most runs need neither."""
+    requirements, lock = (ROOT / "requirements" / name for name in ("llmcompressor.txt", "llmcompressor.lock.txt"))
+    environment = Environment(arguments.llmcompressor_env, [ROOT / "constraints.txt", requirements, lock])
+    if environment.is_current(dev=False) and not arguments.force:
+        return False
+    steps = Steps("llm-compressor", environment.folder, total=3)
+    environment.create(steps, free_bytes=4 * 2**30)
+    choice = choose_torch(environment)
+    _torch(environment, steps, choice, constraints=())
+    environment.pip(steps, "llm-compressor", "-c", str(lock), "-r", str(requirements), _torch_pin())
+    _require_build(environment, choice)
+    environment.finish(dev=False, torch=choice.build)
     return True
 
 
@@ -272,7 +289,7 @@ def _require_build(environment: Environment, choice: Choice) -> None:
     """Never CUDA packages by accident."""
     code = "from importlib.metadata import distributions as d; print('\\n'.join(x.metadata['Name'].lower() for x in d()))"
     names = subprocess.run([str(environment.python), "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    cuda = sorted(name for name in names if name.startswith(("nvidia-", "cuda-")))
+    cuda = sorted(name for name in names if name.startswith(("nvidia-", "cuda-")) and name != "nvidia-ml-py")  # Python alone
     if choice.build == "cpu" and cuda:
         raise SetupFailed(
             f"{environment.folder.name} holds CUDA packages ({', '.join(cuda[:3])}...) although CPU builds were asked for. "
@@ -446,12 +463,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dev", action="store_true", help="also install the tools for tests and checks")
     parser.add_argument(
         "--only",
-        choices=["platform", "vllm", "client"],
-        help="make one environment; client: the `parampara` command for a platform elsewhere",
+        choices=["platform", "vllm", "client", "llmcompressor"],
+        help="make one environment; client: the `parampara` command for a platform elsewhere; llmcompressor: quantization with calibration",
     )
     parser.add_argument("--force", action="store_true", help="install again although nothing has changed")
     parser.add_argument("--platform-env", type=Path, default=ROOT / ".venv", help=argparse.SUPPRESS)
     parser.add_argument("--client-env", type=Path, default=ROOT / ".venv-client", help=argparse.SUPPRESS)
+    parser.add_argument("--llmcompressor-env", type=Path, default=ROOT / ".venv-llmcompressor", help=argparse.SUPPRESS)
     parser.add_argument("--vllm-env", type=Path, default=ROOT / ".venv-vllm", help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -79,7 +79,7 @@ def test_kp_formats_tell_a_good_answer_from_a_bad_one(kp: Recipe, answer: str, m
     [
         ({"stages": {"dapt": {"lora": {"rank": 16}}}}, "recipe.stages.dapt.lora.rank"),
         ({"stages": {"sft": {"train": {"epochs": 0}}}}, "recipe.stages.sft.train.epochs"),
-        ({"stages": {"quantize": {"schemes": ["gptq"]}}}, "recipe.stages.quantize.schemes.0"),
+        ({"stages": {"quantize": {"schemes": ["int3"]}}}, "recipe.stages.quantize.schemes.0"),
         ({"gates": [{"metric": "exact.sft"}]}, "recipe.gates.0"),
         ({"trust_remote_code": True}, "recipe.trust_remote_code"),
     ],

@@ -11,34 +11,17 @@ import pytest
 from parampara.datasets import hold_out, read_qa
 from parampara.errors import InvalidData, InvalidRequest
 from parampara.progress import SilentProgress
-from parampara.schemas.stages import DaptParams, QaData, QuantizeConfig, QuantizeParams, SftParams, TextData, TrainParams
+from parampara.schemas.stages import QuantizeConfig, QuantizeParams, SftParams, TrainParams
 from quantizer.backends import unsloth
-from quantizer.gate import Figures, HeldOut, compare, measure, read_held_out
+from quantizer.gate import Figures, compare, measure, read_held_out
 from quantizer.quantize import run
 from tests.compressed import compress
-from tests.tiny_models import make_model
-
-PLANETS = ["Ketu", "Venus", "Sun", "Moon", "Mars", "Rahu", "Jupiter", "Saturn", "Mercury"]
-STEPS = 20
+from tests.quantizer.trained import make_trained
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> QuantizeConfig:
-    """A tiny model that has learnt its data (rounding an untrained one costs nothing), and that data."""
-    root = tmp_path_factory.mktemp("trained")
-    (root / "book.txt").write_text("\n\n".join(f"The dasha of {planet} follows the star that {planet} rules. " * 6 for planet in PLANETS))
-    rows = [{"question": f"Who is lord {number}?", "answer": f"Answer: {planet}"} for number, planet in enumerate(PLANETS)]
-    (root / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = QuantizeConfig(
-        model=make_model(root / "model"),
-        text=TextData(train=[root / "book.txt"]),
-        qa=QaData(train=[root / "qa.jsonl"]),
-        dapt_params=DaptParams(chunk_tokens=48, validation_fraction=0.4),
-        sft_params=SftParams(validation_fraction=0.4, train=TrainParams(max_seq_length=128)),
-        params=QuantizeParams(schemes=["unsloth", "bitsandbytes"], max_chunks=4, max_questions=3),
-    )
-    _train(config.model, read_held_out(config))
-    return config
+    return make_trained(tmp_path_factory.mktemp("trained"))
 
 
 def test_a_scheme_that_costs_too_much_is_recorded_with_its_figures_and_the_next_is_kept(
@@ -149,19 +132,3 @@ def test_a_model_differs_from_itself_by_nothing(config: QuantizeConfig) -> None:
     measured = measure(config.model, read_held_out(config))
     same = compare(measured, measured)
     assert (same.kl, same.top1, same.perplexity_increase, same.answer_perplexity_increase) == (0.0, 1.0, 0.0, 0.0)
-
-
-def _train(model: Path, material: HeldOut) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    rows = [sequence.ids for sequence in (*material.texts, *material.answers)]
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [4] * (longest - len(row)) for row in rows])
-    optimizer = torch.optim.AdamW(loaded.parameters(), lr=3e-3)
-    for _ in range(STEPS):
-        loaded(ids, labels=torch.where(ids == 4, -100, ids)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    loaded.half().save_pretrained(model)

@@ -23,7 +23,7 @@ from parampara.execution import stop
 from parampara.progress import Progress
 from parampara.schemas.stages import QuantizeConfig, QuantizeParams, QuantizeResult, Scheme, SchemeAttempt
 from parampara.storage import fsync_tree
-from quantizer.backends import SchemeUnavailable, bitsandbytes, compressed, unsloth
+from quantizer.backends import SchemeUnavailable, bitsandbytes, calibrated, compressed, unsloth
 from quantizer.checkpoint import faults_as, quantized_weights, read_config, weight_bytes
 from quantizer.gate import NOTHING, Figures, HeldOut, Measured, compare, measure, read_held_out
 from quantizer.part import Part
@@ -126,12 +126,18 @@ def _write_streamed(config: QuantizeConfig, staging: Path, progress: Progress, *
     compressed.write(config.model, staging, scheme=scheme, progress=progress)
 
 
+def _write_calibrated(config: QuantizeConfig, staging: Path, progress: Progress, *, scheme: calibrated.CalibratedScheme) -> None:
+    calibrated.write(config, staging, scheme=scheme, scratch=staging.parent / "scratch")
+
+
 _WRITERS: dict[Scheme, Callable[[QuantizeConfig, Path, Progress], None]] = {
     "unsloth": _write_unsloth,
     "bitsandbytes": _write_bitsandbytes,
     "w8a8": functools.partial(_write_streamed, scheme="w8a8"),
     "w8a16": functools.partial(_write_streamed, scheme="w8a16"),
     "fp8": functools.partial(_write_streamed, scheme="fp8"),
+    "gptq": functools.partial(_write_calibrated, scheme="gptq"),
+    "smoothquant": functools.partial(_write_calibrated, scheme="smoothquant"),
 }
 
 

@@ -44,6 +44,18 @@ def held_out_rows(data: QaData, params: SftParams, *, limit: int, seed: int) -> 
     return first_by_content(rows, content=lambda row: row.text, limit=limit, seed=seed)
 
 
+def trained_rows(data: QaData, params: SftParams, *, limit: int, seed: int) -> list[QaRow]:
+    """At most ``limit`` rows that SFT trains on: none of those that :func:`held_out_rows` takes out of the same files.
+
+    Raises:
+        InvalidData: a file is missing or not what it has to be.
+    """
+    rows = [row for path in data.train for row in read_qa(path)]
+    if not data.validation:
+        rows, _ = hold_out(rows, fraction=params.validation_fraction, seed=seed, content=lambda row: row.asked)
+    return first_by_content(rows, content=lambda row: row.text, limit=limit, seed=seed)
+
+
 def first_by_content(items: Sequence[Item], *, content: Callable[[Item], str], limit: int, seed: int) -> list[Item]:
     """The distinct items whose seeded content hashes come first."""
     by_hash = {content_hash(content(item)): item for item in items}

@@ -124,15 +124,16 @@ class MergeParams(Strict):
     max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 5_000_000_000
 
 
-Scheme = Literal["unsloth", "bitsandbytes", "w8a8", "w8a16", "fp8"]
+Scheme = Literal["unsloth", "bitsandbytes", "w8a8", "w8a16", "fp8", "gptq", "smoothquant"]
 
 
 class QuantizeParams(Strict):
     """Ways to eight bits, tried in order, so the fastest to serve comes first: the first that can run here and degrades the model by
     less than ``max_degradation`` is kept; the result records the figures of every one that was tried, or why it could not run.
 
-    ``w8a8``, ``w8a16`` and ``fp8`` are this project's own writer of compressed-tensors checkpoints, ``unsloth`` is its eight-bit
-    export, ``bitsandbytes`` is LLM.int8. docs/quantization.md says when to take which.
+    ``w8a8``, ``w8a16`` and ``fp8`` are this project's own writer of compressed-tensors checkpoints, ``gptq`` and ``smoothquant``
+    are W8A8 by llm-compressor, calibrated on the training rows, ``unsloth`` is its eight-bit export, ``bitsandbytes`` is LLM.int8.
+    docs/quantization.md says when to take which.
     """
 
     schemes: Annotated[list[Scheme], Field(min_length=1)] = ["unsloth", "bitsandbytes"]
@@ -142,6 +143,8 @@ class QuantizeParams(Strict):
     max_chunks: Annotated[int, Field(ge=1)] = 64
     max_questions: Annotated[int, Field(ge=1)] = 200
     """Bounds on what the increases are measured on; equal to those of ``evaluate``, both measure the same items."""
+    calibration_rows: Annotated[int, Field(ge=1, le=100_000)] = 256
+    """Training rows that ``gptq`` and ``smoothquant`` calibrate on."""
 
 
 class EvaluateParams(Strict):

@@ -16,18 +16,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-from parampara.errors import Preempted
-from parampara.execution import stop
-from quantizer.backends import SchemeUnavailable
+from quantizer.backends import SchemeUnavailable, child
 from quantizer.checkpoint import copy_companions, read_config, stored_dtype
-
-_POLL_SECONDS = 0.2
-_STOP_SECONDS = 5.0
 
 
 def write(model: Path, output: Path, *, save_method: str, scratch: Path) -> None:
@@ -51,39 +44,12 @@ def _run(model: Path, output: Path, *, save_method: str, scratch: Path) -> None:
     verdict, log = scratch / "verdict.json", scratch / "unsloth.log"
     command = [sys.executable, "-m", "quantizer.backends.unsloth", str(model), str(output), save_method, str(verdict)]
     environment = {**os.environ, "UNSLOTH_COMPILE_LOCATION": str(scratch / "compiled"), "HF_HUB_OFFLINE": "1"}
-    with log.open("wb") as file, subprocess.Popen(command, cwd=scratch, env=environment, stdout=file, stderr=file) as process:
-        try:
-            _wait(process)
-        finally:
-            _end(process)
-    if process.returncode == 0:
+    code = child.run(command, cwd=scratch, environment=environment, log=log)
+    if code == 0:
         return
     if verdict.is_file():
         raise SchemeUnavailable(json.loads(verdict.read_text(encoding="utf-8"))["reason"])
-    raise SchemeUnavailable(f"Unsloth's process ended with status {process.returncode}: {_last_lines(log)}")
-
-
-def _wait(process: subprocess.Popen[bytes]) -> None:
-    while process.poll() is None:
-        if stop.requested():
-            raise Preempted("Asked to stop during Unsloth's export; the next attempt starts this stage again.")
-        time.sleep(_POLL_SECONDS)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is not None:
-        return
-    process.terminate()
-    try:
-        process.wait(_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _last_lines(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return " / ".join(lines[-3:])[-500:] or "it printed nothing"
+    raise SchemeUnavailable(f"Unsloth's process ended with status {code}: {child.last_lines(log)}")
 
 
 def _export(model: str, output: str, save_method: str) -> None:
