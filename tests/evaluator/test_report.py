@@ -8,10 +8,14 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
+
 from evaluator.curves import Curve, draw, read_curves
-from evaluator.report import figure, render, write
+from evaluator.report import change, figure, render, write
+from evaluator.schemes import read_schemes
+from parampara.errors import InvalidData
 from parampara.schemas.ledger import LedgerModel, LedgerProbes, LedgerTransition, ParityLedger
-from parampara.schemas.stages import EvaluateResult, GateResult, Sample
+from parampara.schemas.stages import EvaluateResult, GateResult, Sample, SchemeAttempt
 
 NASTY = "<script>alert('x')</script> & \"quotes\""
 CURVE = Curve(title="DAPT: loss on books", train=[(1, 3.5), (2, 3.1), (3, 2.6)], validation=[(0, 3.4), (3, 2.7)])
@@ -168,3 +172,26 @@ def _text(page: str) -> str:
     parser = _TextOnly()
     parser.feed(page)
     return " ".join(parser.parts)
+
+
+def test_every_scheme_that_was_tried_is_shown_with_its_figures_or_its_reason(tmp_path: Path) -> None:
+    tried = [
+        SchemeAttempt(scheme="unsloth", ok=False, reason="needs a GPU & more"),
+        SchemeAttempt(scheme="w8a8", ok=False, reason="too much", perplexity_increase=0.0213, kl=0.01, top1=0.9, bytes=5),
+        SchemeAttempt(scheme="bitsandbytes", ok=True, reason="fits", perplexity_increase=0.0024, kl=3e-5, top1=0.992, bytes=7),
+    ]
+    (tmp_path / "quantize.json").write_text(json.dumps({"attempts": [attempt.model_dump() for attempt in tried]}))
+    assert read_schemes(tmp_path) == tried
+    assert read_schemes(None) == read_schemes(tmp_path / "none") == []
+    page = render(result().model_copy(update={"schemes": tried}), ledger(), [])
+    table = page[page.index("Ways to eight bits") : page.index("Answers of the SFT model")]
+    assert table.count("not taken") == 2 and table.count("kept") == 1
+    for told in ("needs a GPU &amp; more", change(0.0213), change(0.0024), "99.2 %"):
+        assert told in table, told
+    assert "Ways to eight bits" not in render(result(), ledger(), [])
+
+
+def test_a_torn_record_of_the_schemes_is_named(tmp_path: Path) -> None:
+    (tmp_path / "quantize.json").write_text('{"attempts": [{"scheme": 1')
+    with pytest.raises(InvalidData, match="not the quantizer's record"):
+        read_schemes(tmp_path)

@@ -17,6 +17,7 @@ from evaluator.line import GREEDY_PROBE_TOKENS, Material, Measured, Member, chec
 from evaluator.meter import Meter
 from evaluator.models import Loaded, common_dtype, loaded
 from evaluator.perplexity import answer_sequences, loss
+from evaluator.schemes import read_schemes
 from parampara import gates
 from parampara.errors import OutOfMemory
 from parampara.progress import Progress
@@ -63,6 +64,7 @@ def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> Evaluat
         gates=results,
         decision=gates.decide(results),
         samples=metrics.samples(material.held_out.questions, measured),
+        schemes=read_schemes(config.quantized),
         seconds=time.monotonic() - started,
     )
     meter.phase("write report")

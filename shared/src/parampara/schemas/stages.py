@@ -396,6 +396,8 @@ class EvaluateResult(Strict):
     gates: list[GateResult]
     decision: Literal["promote", "hold", "fail"]
     samples: list[Sample] = []
+    schemes: list[SchemeAttempt] = []
+    """What the quantizer tried, as it recorded it."""
     seconds: float
 
 
