@@ -335,3 +335,28 @@ def test_nothing_is_written_outside_the_workdir(base: Path, qa: Path, tmp_path: 
     monkeypatch.chdir(tmp_path / "elsewhere")
     run(sft_config(base, qa, max_steps=2), tmp_path / "work")
     assert os.listdir() == []
+
+
+def test_the_adapter_may_be_that_of_the_best_step(base: Path, qa: Path, tmp_path: Path) -> None:
+    """At a learning rate at which validation gets worse again; the best checkpoint outlives the newer ones and is what is written."""
+    settings: dict[str, Any] = {
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "eval_steps": 1,
+        "max_steps": 10,
+        "checkpoint_steps": 1,
+    }
+    last = run(sft_config(base, qa, **settings), tmp_path / "last")
+    best = run(sft_config(base, qa, load_best=True, **settings), tmp_path / "best")
+    curve = {**validations(tmp_path / "last"), last.steps: last.validation_loss_after}
+    lowest = min(list(curve)[1:], key=lambda step: curve[step])
+    assert 0 < lowest < last.steps - 2  # else this test shows nothing
+    assert (last.best_step, last.best_validation_loss, last.adapter_step) == (lowest, curve[lowest], last.steps)
+    assert (best.best_step, best.adapter_step, best.validation_loss_after) == (lowest, lowest, curve[lowest])
+    kept = sorted(int(path.name.rpartition("-")[2]) for path in (tmp_path / "best" / "checkpoints").iterdir())
+    assert kept == [lowest, last.steps - 1, last.steps]
+    checkpoint = load_file(str(tmp_path / "best" / "checkpoints" / f"step-{lowest:010d}" / "adapter.safetensors"))
+    written = load_file(str(best.output / "adapter_model.safetensors"))
+    assert {name.replace(".default.", "."): tensor.sum() for name, tensor in checkpoint.items()} == {
+        name: tensor.sum() for name, tensor in written.items()
+    }

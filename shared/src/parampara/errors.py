@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 EXIT_OK = 0
+EXIT_DISK_FULL = 73
 EXIT_BUSY = 74
 EXIT_PREEMPTED = 75
 EXIT_DIVERGED = 76
@@ -132,6 +133,13 @@ class Diverged(ParamparaError):
 class OutOfMemory(ParamparaError):
     code = "out_of_memory"
     exit_code = EXIT_OUT_OF_MEMORY
+
+
+class DiskFull(ParamparaError):
+    """No room left where the stage writes; nothing half-written counts, and what was whole before still is."""
+
+    code = "disk_full"
+    exit_code = EXIT_DISK_FULL
 
 
 class ArtifactDamaged(ParamparaError):

@@ -161,12 +161,16 @@ def write_atomically(path: Path, data: bytes) -> None:
 def fsync_tree(directory: Path) -> None:
     for root, _, names in os.walk(directory):
         for name in names:
-            fd = os.open(Path(root) / name, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            fsync_file(Path(root) / name)
         fsync_directory(Path(root))
+
+
+def fsync_file(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def fsync_directory(directory: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from parampara.execution import stop
 from parampara.progress import Progress
 from parampara.schemas.stages import DaptConfig, TrainResult
 from trainer.backends import choose
@@ -20,8 +21,9 @@ def run(config: DaptConfig, *, workdir: Path, progress: Progress) -> TrainResult
     """
     workdir = workdir.resolve()
     progress.phase("start backend")
-    choice = choose(config.backend, cache=workdir / "unsloth")
-    from trainer.blocks import build_rows
-    from trainer.engine import train_adapter  # after the backend: Unsloth must be imported before transformers
+    with stop.interruptible("while the backend started"):
+        choice = choose(config.backend, cache=workdir / "unsloth")
+        from trainer.blocks import build_rows
+        from trainer.engine import train_adapter  # after the backend: Unsloth must be imported before transformers
 
     return train_adapter(config, choice=choice, build=build_rows, workdir=workdir, progress=progress)

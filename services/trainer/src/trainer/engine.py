@@ -6,27 +6,26 @@ to bottom.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from parampara.errors import InvalidData, OutOfMemory, Preempted
+from parampara.errors import InvalidData
 from parampara.execution import stop
 from parampara.manifest import weights_fingerprint
 from parampara.progress import Progress
-from parampara.schemas.stages import TrainParams, TrainResult
-from trainer import tracking
+from parampara.schemas.stages import MicroBatchReduction, TrainParams, TrainResult
+from trainer import memory, tracking
 from trainer.backends import Choice
 from trainer.building import Config, build_trainer, load_model, optimizer_taken, run_name
 from trainer.checkpoints import CheckpointStore
-from trainer.loop import Ledger, RunContext, append_metrics, read_ledger, truncate_metrics
+from trainer.loop import Ledger, RunContext, append_metrics, load_trainable, read_ledger, truncate_metrics
 from trainer.methods import trained_in
 from trainer.output import read_lineage, write_output
 from trainer.plan import Plan, plan_batches
@@ -48,30 +47,33 @@ def train_adapter(
         Preempted, Diverged, OutOfMemory: see :mod:`parampara.errors`.
     """
     params = config.params
-    hardware = choose_hardware(params.train.precision, params.train.optim)
-    progress.event(f"backend {choice.name}: {choice.reason}", backend=choice.name, device=hardware.device.type, dtype=hardware.dtype)
-    if params.train.load_in_4bit:
-        progress.event("the adapter is trained on a 4-bit copy of the base and merged into the base itself: the two differ", level="warn")
-    directory = config.tracking_directory or workdir / "tracking"
-    tracking.prepare(config.tracking, directory=directory, run=run_name(config, workdir))
-    progress.phase("prepare data")
-    base_sha256 = weights_fingerprint(_model_directory(config.model))
-    lineage = read_lineage(config.model, base_sha256)
-    tokenizer = load_tokenizer(config.model)
-    data = build(config, tokenizer)
-    plan = _plan(config, data, progress)
-    _stop_here("before the model was loaded")
-    key = _resume_key(config, choice=choice, hardware=hardware, data=data, plan=plan, base_sha256=base_sha256)
-    store = CheckpointStore(workdir / "checkpoints", key=key, keep=params.train.keep_checkpoints)
+    with stop.interruptible("while the data were read"):
+        hardware = choose_hardware(params.train.precision, params.train.optim)
+        progress.event(f"backend {choice.name}: {choice.reason}", backend=choice.name, device=hardware.device.type, dtype=hardware.dtype)
+        if params.train.load_in_4bit:
+            progress.event(
+                "the adapter is trained on a 4-bit copy of the base and merged into the base itself: the two differ", level="warn"
+            )
+        directory = config.tracking_directory or workdir / "tracking"
+        tracking.prepare(config.tracking, directory=directory, run=run_name(config, workdir))
+        progress.phase("prepare data")
+        base_sha256 = weights_fingerprint(_model_directory(config.model))
+        lineage = read_lineage(config.model, base_sha256)
+        tokenizer = load_tokenizer(config.model)
+        data = build(config, tokenizer)
+        plan = _plan(config, data, progress)
+    facts = _resume_facts(config, choice=choice, hardware=hardware, data=data, plan=plan, base_sha256=base_sha256)
+    store = CheckpointStore(workdir / "checkpoints", facts=facts, keep=params.train.keep_checkpoints)
     with _out_of_memory_named(params.train):
         progress.phase("load model")
-        model = load_model(config, choice, hardware)
-        trainer = build_trainer(
-            config, choice=choice, hardware=hardware, model=model, tokenizer=tokenizer, data=data, plan=plan, workdir=workdir
-        )
-        if (taken := optimizer_taken(trainer)) != hardware.optimizer:
-            progress.event(f"the backend takes the optimizer {taken} instead of {hardware.optimizer} here", level="warn")
-        resumed = _attach(trainer, config, hardware=hardware, data=data, plan=plan, store=store, workdir=workdir, progress=progress)
+        with stop.interruptible("while the model was loaded"):
+            model = load_model(config, choice, hardware)
+            trainer = build_trainer(
+                config, choice=choice, hardware=hardware, model=model, tokenizer=tokenizer, data=data, plan=plan, workdir=workdir
+            )
+            if (taken := optimizer_taken(trainer)) != hardware.optimizer:
+                progress.event(f"the backend takes the optimizer {taken} instead of {hardware.optimizer} here", level="warn")
+            resumed = _attach(trainer, config, hardware=hardware, data=data, plan=plan, store=store, workdir=workdir, progress=progress)
         if resumed is None:
             _measure_before(trainer, progress)
         progress.phase("train")
@@ -79,6 +81,7 @@ def train_adapter(
         progress.phase("validate")
         after = trainer.run.validate(trainer.model)
     append_metrics(trainer.run.metrics_path, plan.steps, {"validation_loss": after})
+    outcome = _choose_step(trainer, after, progress)
     progress.phase("write adapter")
     result = _result(
         config,
@@ -86,7 +89,7 @@ def train_adapter(
         hardware=hardware,
         trainer=trainer,
         data=data,
-        after=after,
+        outcome=outcome,
         base_sha256=base_sha256,
         workdir=workdir,
         resumed=resumed,
@@ -145,12 +148,12 @@ def _plan(config: Config, data: StageData, progress: Progress) -> Plan:
     return plan
 
 
-def _resume_key(config: Config, *, choice: Choice, hardware: Hardware, data: StageData, plan: Plan, base_sha256: str) -> str:
-    """Hash of everything that must be equal for a resumed run to be the same run: not paths, retention, trackers and prices."""
+def _resume_facts(config: Config, *, choice: Choice, hardware: Hardware, data: StageData, plan: Plan, base_sha256: str) -> dict[str, Any]:
+    """Everything that must be equal for a resumed run to be the same run. Not paths, retention, trackers and prices."""
     settings = config.model_dump(mode="json", exclude={"model", "data", "tracking", "tracking_directory", "machine"})
-    for free in ("checkpoint_steps", "keep_checkpoints", "logging_steps"):
+    for free in ("checkpoint_steps", "keep_checkpoints", "load_best", "logging_steps"):
         settings["params"]["train"].pop(free)
-    facts = {
+    return {
         "settings": settings,
         "backend": choice.name,
         "device": hardware.device.type,
@@ -161,7 +164,6 @@ def _resume_key(config: Config, *, choice: Choice, hardware: Hardware, data: Sta
         "base": base_sha256,
         "versions": library_versions(),
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def library_versions() -> dict[str, str]:
@@ -198,13 +200,11 @@ def _attach(
         metrics_path=workdir / "metrics.jsonl",
         stopped=stop.requested,
         validate=lambda model: mean_loss(model, data.validation, collate=trainer.data_collator, hardware=hardware, stopped=stop.requested),
-        checkpoint_steps=train.checkpoint_steps,
-        eval_steps=train.eval_steps,
-        logging_steps=train.logging_steps,
+        train=train,
         speed=Speedometer.of(trainer.model, hardware=hardware, machine=config.machine),
         ledger=ledger,
     )
-    truncate_metrics(run.metrics_path, -1 if found is None else found.step)
+    truncate_metrics(run.metrics_path, -1 if found is None else found.step, evaluated=ledger.validation_after)
     trainer.start(run)
     if found is not None:
         progress.event(f"resumed from the checkpoint of step {found.step}", step=found.step)
@@ -222,6 +222,33 @@ def _measure_before(trainer: Any, progress: Progress) -> None:
     trainer.track({"validation_loss": before})
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """Which step's weights the model holds, and their validation loss; the best ones where the run was evaluated on the way."""
+
+    step: int
+    loss: float
+    best_step: int | None
+    best_loss: float | None
+
+
+def _choose_step(trainer: Any, after: float, progress: Progress) -> _Outcome:
+    """Stay with the last step, or with ``load_best`` put the weights of the best one into the model."""
+    run = trainer.run
+    last, best = run.plan.steps, run.ledger.best_step
+    if best is None or run.ledger.validation_after[str(best)] >= after:
+        return _Outcome(last, after, *((None, None) if run.train.eval_steps is None else (last, after)))
+    lowest = run.ledger.validation_after[str(best)]
+    if run.train.load_best:
+        found = run.store.at(best)
+        if found is not None:
+            load_trainable(trainer.model, found.path)
+            progress.event(f"the adapter is that of step {best}: validation loss {lowest:.4f}, {after:.4f} after the last", step=best)
+            return _Outcome(best, lowest, best, lowest)
+        progress.event(f"the checkpoint of the best step ({best}) is damaged or gone; the adapter is that of the last", level="warn")
+    return _Outcome(last, after, best, lowest)
+
+
 def _result(
     config: Config,
     *,
@@ -229,7 +256,7 @@ def _result(
     hardware: Hardware,
     trainer: Any,
     data: StageData,
-    after: float,
+    outcome: _Outcome,
     base_sha256: str,
     workdir: Path,
     resumed: Path | None,
@@ -254,32 +281,29 @@ def _result(
         train_loss_first=sum(ledger.losses[:span]) / span,
         train_loss_last=sum(ledger.losses[-span:]) / span,
         validation_loss_before=ledger.validation_before,
-        validation_loss_after=after,
+        validation_loss_after=outcome.loss,
         perplexity_before=math.exp(min(ledger.validation_before, 700.0)),
-        perplexity_after=math.exp(min(after, 700.0)),
+        perplexity_after=math.exp(min(outcome.loss, 700.0)),
+        adapter_step=outcome.step,
+        best_step=outcome.best_step,
+        best_validation_loss=outcome.best_loss,
         resumed_from_step=0 if resumed is None else int(resumed.name.rpartition("-")[2]),
         packing_efficiency=ledger.tokens / ledger.positions,
         peak_memory_bytes=int(measured["peak_memory_bytes"]),
         flops_per_token=trainer.run.speed.flops_per_token,
         mfu=measured.get("mfu"),
         cost=measured.get("cost"),
+        micro_batch_reductions=[MicroBatchReduction(**reduction) for reduction in ledger.reductions],
         library_versions=library_versions(),
     )
 
 
-def _stop_here(where: str) -> None:
-    if stop.requested():
-        raise Preempted(f"Stopped {where}, as asked.")
-
-
 @contextmanager
 def _out_of_memory_named(train: TrainParams) -> Iterator[None]:
+    """For what no smaller micro-batch helps: loading, the optimizer's state, validation. :class:`StageLoop` handles the steps."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(
-            f"Out of memory at per_device_train_batch_size {train.per_device_train_batch_size}, max_seq_length {train.max_seq_length}. "
-            "Halve the batch size and double gradient_accumulation_steps (the same training), or turn gradient_checkpointing on. "
-            f"({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})",
-            param="params.train.per_device_train_batch_size",
-        ) from error
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        raise memory.out_of_memory(train, error) from error

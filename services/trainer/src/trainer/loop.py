@@ -9,22 +9,26 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from parampara.errors import Diverged, Preempted
 from parampara.progress import Progress
-from trainer import rng
+from parampara.schemas.stages import TrainParams
+from parampara.storage import fsync_file, write_atomically
+from trainer import memory, rng
 from trainer.checkpoints import CheckpointStore
+from trainer.divergence import require_finite, require_no_runaway
 from trainer.plan import Plan
 from trainer.speed import Speedometer
 from trainer.state_tree import join_tensors, split_tensors
+from trainer.tensor_files import save_tensors
 
 ADAPTER = "adapter.safetensors"
 STATE = "state.json"
@@ -45,9 +49,18 @@ class Ledger:
     losses: list[float] = field(default_factory=list)
     """Mean training loss per learnt token of each step so far."""
     overflows: int = 0
+    parts: int = 1
+    """In how many parts each micro-batch is trained, see :mod:`trainer.memory`."""
+    reductions: list[dict[str, int]] = field(default_factory=list)
+    """``{"step", "parts"}`` of each time that memory ran out."""
     validation_before: float | None = None
     validation_after: dict[str, float] = field(default_factory=dict)
     """Validation loss by step, of the evaluations while training."""
+
+    @property
+    def best_step(self) -> int | None:
+        """The evaluated step of the lowest validation loss, the earlier one of equals."""
+        return int(min(self.validation_after, key=lambda step: (self.validation_after[step], int(step)))) if self.validation_after else None
 
 
 @dataclass
@@ -61,9 +74,7 @@ class RunContext:
     stopped: Callable[[], bool]
     validate: Callable[[Any], float]
     """Model to mean validation loss."""
-    checkpoint_steps: int
-    eval_steps: int | None
-    logging_steps: int
+    train: TrainParams
     speed: Speedometer
     ledger: Ledger = field(default_factory=Ledger)
 
@@ -91,6 +102,7 @@ class StageLoop:
         self._reported_step = -1
         self._clock = time.monotonic()
         self._pending_tokens = self._pending_positions = 0  # of a step that is not done yet
+        self._begun: list[Any] = []  # micro-batches of that step
         self._losses_at_start = len(run.ledger.losses)
         self._tokens_at_start = run.ledger.tokens
         self._seconds_at_start = run.ledger.seconds
@@ -102,22 +114,67 @@ class StageLoop:
         return DataLoader(
             self.train_dataset,
             batch_sampler=self.run.plan,  # type: ignore[arg-type]
-            collate_fn=self.data_collator,
+            collate_fn=memory.Collator(self.data_collator),
             generator=torch.Generator().manual_seed(0),
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
 
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         if self._rng_after_step is None:
             self._rng_after_step = rng.capture()
             self._evaluate_if_due(self.state.global_step)  # resumed: the attempt before was stopped while it evaluated
         if self.run.stopped():
             self._preempt()
-        self._pending_positions += inputs["input_ids"].numel()
-        self._pending_tokens += int(inputs["attention_mask"].sum())
-        loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+        self._begun.append(inputs)
+        todo = [inputs]
+        while True:
+            try:
+                return self._train_in_parts(model, todo, num_items_in_batch)
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                self._reduce(error, num_items_in_batch)
+            # the whole step again: the part that failed may have added to the gradients already
+            memory.release()
+            model.zero_grad()
+            rng.restore(self._rng_after_step)
+            self._step_loss = None
+            self._pending_tokens = self._pending_positions = 0
+            todo = self._begun
+
+    def _train_in_parts(self, model: Any, batches: list[Any], num_items_in_batch: Any) -> torch.Tensor:
+        """Forward and backward of ``batches``; returns their share of the step's loss."""
+        collator, loss = memory.Collator(self.data_collator), None
+        for batch in batches:
+            for part in collator.parts(batch, self.run.ledger.parts):
+                share = super().training_step(model, part, num_items_in_batch)  # type: ignore[misc]
+                loss = share if loss is None else loss + share
+                self._step_loss = share if self._step_loss is None else self._step_loss + share
+                self._pending_positions += part["input_ids"].numel()
+                self._pending_tokens += int(part["attention_mask"].sum())
+        assert loss is not None
         return loss
+
+    def _reduce(self, error: BaseException, num_items_in_batch: Any) -> None:
+        """Train each micro-batch in twice as many parts from now on.
+
+        Raises:
+            OutOfMemory: a part is one row already; several processes train together, of which the others know nothing of this; or
+                the loss is not one that can be added up from parts.
+        """
+        step, ledger = self.state.global_step + 1, self.run.ledger
+        alone = self.args.world_size == 1 and num_items_in_batch is not None
+        if not alone or memory.rows_per_part(self._begun[-1], ledger.parts) == 1:
+            raise memory.out_of_memory(self.run.train, error, step=step if alone else None) from error
+        ledger.parts *= 2
+        ledger.reductions.append({"step": step, "parts": ledger.parts})
+        self.run.progress.event(
+            f"out of memory at step {step}: each micro-batch is trained in {ledger.parts} parts from here on; the rows and the loss of a "
+            "step stay what they were",
+            level="warn",
+            step=step,
+            parts=ledger.parts,
+        )
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
         """Called right before the optimizer's step: nothing that is not finite may reach a weight."""
@@ -151,18 +208,20 @@ class StageLoop:
         run.ledger.tokens += self._pending_tokens
         run.ledger.positions += self._pending_positions
         self._pending_tokens = self._pending_positions = 0
+        self._begun = []
         run.ledger.seconds = self._seconds_at_start + time.monotonic() - self._clock
         self._step_loss = None
+        require_no_runaway(run.ledger.losses)
         last = step >= total
-        if step % run.logging_steps == 0 or last:
+        if step % run.train.logging_steps == 0 or last:
             self._report(step, total, grad_norm=float(grad_norm), learning_rate=float(kwargs.get("learning_rate") or 0.0))
         self._rng_after_step = rng.capture()
         self._evaluate_if_due(step)
-        if last or step % run.checkpoint_steps == 0:
+        if last or step % run.train.checkpoint_steps == 0 or step == run.ledger.best_step:
             self.save_now()
 
     def _report(self, step: int, total: int, *, grad_norm: float, learning_rate: float) -> None:
-        ledger, window = self.run.ledger, self.run.ledger.losses[-self.run.logging_steps :]
+        ledger, window = self.run.ledger, self.run.ledger.losses[-self.run.train.logging_steps :]
         seconds = ledger.seconds - self._seconds_at_start
         done_here = len(ledger.losses) - self._losses_at_start
         rate = (ledger.tokens - self._tokens_at_start) / max(seconds, 1e-9)
@@ -189,7 +248,7 @@ class StageLoop:
     def _evaluate_if_due(self, step: int) -> None:
         """Validation loss on the way; asked to stop meanwhile, the run keeps the steps before it and evaluates when it goes on."""
         run = self.run
-        due = run.eval_steps is not None and 0 < step < run.plan.steps and step % run.eval_steps == 0
+        due = run.train.eval_steps is not None and 0 < step < run.plan.steps and step % run.train.eval_steps == 0
         due = due or (step == run.plan.steps and bool(self.args.report_to))  # trackers end with the training
         if not due or str(step) in run.ledger.validation_after:
             return
@@ -213,12 +272,13 @@ class StageLoop:
         raise Preempted(f"Stopped at step {step} of {self.run.plan.steps} as asked" + ("; a checkpoint was written." if step else "."))
 
     def save_now(self) -> None:
-        self.run.store.save(self.state.global_step, self._write_checkpoint)
+        fsync_file(self.run.metrics_path)  # the curve up to a checkpoint lasts as long as the checkpoint
+        self.run.store.save(self.state.global_step, self._write_checkpoint, best=self.run.ledger.best_step)
 
     def _write_checkpoint(self, directory: Path) -> None:
         adapter = trainable_tensors(self.model)
         require_finite(adapter)
-        save_file(adapter, str(directory / ADAPTER))
+        save_tensors(adapter, directory / ADAPTER)
         scaler = getattr(self.accelerator, "scaler", None)
         tree, tensors = split_tensors(
             {
@@ -229,7 +289,8 @@ class StageLoop:
                 "ledger": asdict(self.run.ledger),
             }
         )
-        save_file(tensors, str(directory / STATE_TENSORS))
+        require_finite(tensors)
+        save_tensors(tensors, directory / STATE_TENSORS)
         (directory / STATE).write_text(json.dumps(tree), encoding="utf-8")
         self.state.save_to_json(str(directory / LIBRARY_STATE))
 
@@ -284,31 +345,22 @@ def load_trainable(model: Any, checkpoint: Path) -> None:
         raise KeyError(f"{checkpoint.name} holds parameters that the model lacks: {sorted(saved)[:3]}")
 
 
-def require_finite(tensors: dict[str, torch.Tensor]) -> None:
-    """Refuse weights that are not numbers.
-
-    Raises:
-        Diverged: names the first tensor at fault.
-    """
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise Diverged(f"{name} holds values that are not finite; nothing of it was kept. Try a lower learning rate.")
-
-
 def append_metrics(path: Path, step: int, record: dict[str, float]) -> None:
     kept = {key: (value if math.isfinite(value) else None) for key, value in record.items()}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, **kept}) + "\n")
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Forget what an earlier attempt measured after ``step``: those steps run again."""
+def truncate_metrics(path: Path, step: int, *, evaluated: Container[str]) -> None:
+    """Forget what an earlier attempt measured after ``step``: those steps, and an evaluation not in ``evaluated``, run again."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = []
     for line in lines:
         try:
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            again = record["step"] == step > 0 and "validation_loss" in record and str(step) not in evaluated
+            if record["step"] <= step and not again:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # the half line of a killed process
-    path.write_text("".join(kept), encoding="utf-8")
+    write_atomically(path, "".join(kept).encode())

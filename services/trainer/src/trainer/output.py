@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import save_file
 
 from parampara.errors import InvalidData
 from parampara.schemas.stages import DaptConfig, SftConfig, TrainResult
 from parampara.storage import fsync_directory, fsync_tree
-from trainer.loop import require_finite
+from trainer.divergence import require_finite
 from trainer.methods import adapter_arguments
 from trainer.rows import StageData
+from trainer.tensor_files import save_tensors
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -30,6 +30,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+_STAGE = ".output-"
 
 
 class Lineage(BaseModel):
@@ -72,7 +74,9 @@ def write_output(
         Diverged: the adapter holds values that are not finite.
     """
     final = result.output
-    stage = final.parent / f".output-{uuid.uuid4().hex}"
+    for leftover in final.parent.glob(f"{_STAGE}*"):  # of an attempt that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    stage = final.parent / f"{_STAGE}{uuid.uuid4().hex}"
     stage.mkdir(parents=True)
     try:
         _write_adapter(stage, model=model, config=config, base_sha256=result.base_sha256)
@@ -105,7 +109,7 @@ def _write_adapter(directory: Path, *, model: Any, config: DaptConfig | SftConfi
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {name: state[name].detach().to("cpu").contiguous().clone() for name in sorted(state)}
     require_finite(tensors)
-    save_file(tensors, str(directory / "adapter_model.safetensors"), metadata={"format": "pt"})
+    save_tensors(tensors, directory / "adapter_model.safetensors")
     described = LoraConfig(**adapter_arguments(config.params.lora), task_type="CAUSAL_LM", inference_mode=True).to_dict()
     # not a path of this machine: the weights themselves are the name of the base
     described["base_model_name_or_path"] = f"sha256:{base_sha256}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from parampara.execution import stop
 from parampara.progress import Progress
 from parampara.schemas.stages import SftConfig, TrainResult
 from trainer.backends import choose
@@ -20,10 +21,11 @@ def run(config: SftConfig, *, workdir: Path, progress: Progress) -> TrainResult:
     """
     workdir = workdir.resolve()
     progress.phase("start backend")
-    choice = choose(config.backend, cache=workdir / "unsloth")
+    with stop.interruptible("while the backend started"):
+        choice = choose(config.backend, cache=workdir / "unsloth")
+        from trainer.chat import build_rows
+        from trainer.engine import train_adapter  # after the backend: Unsloth must be imported before transformers
+
     if config.params.train.packing:
         progress.event("packing is for plain text; questions and answers are batched by length instead, each in its own row", level="warn")
-    from trainer.chat import build_rows
-    from trainer.engine import train_adapter  # after the backend: Unsloth must be imported before transformers
-
     return train_adapter(config, choice=choice, build=build_rows, workdir=workdir, progress=progress)

@@ -2,7 +2,7 @@
 
 ``python -m <service> <kind> --config FILE --workdir DIR`` runs one stage function; a worker starts exactly this command.
 Under ``DIR`` it leaves ``progress.jsonl`` (while it runs), ``result.json`` or ``error.json``, and the stage's ``output``.
-Exit codes: 0 done, 74 another process works in ``DIR``, 75 preempted with a checkpoint, 76 diverged, 77 out of memory,
+Exit codes: 0 done, 73 disk full, 74 another process works in ``DIR``, 75 preempted with a checkpoint, 76 diverged, 77 out of memory,
 78 bad configuration or data, anything else or a signal: a crash. SIGTERM asks for a checkpoint and exit 75.
 
 Two guards keep two attempts of a job apart: an flock on ``DIR/lock`` held for life (forked helpers inherit it), and the
@@ -12,7 +12,9 @@ kernel's parent-death signal when a supervisor started the process.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
+import errno
 import faulthandler
 import fcntl
 import json
@@ -32,7 +34,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from parampara.db.storable import storable
-from parampara.errors import EXIT_OK, InvalidRequest, OutOfMemory, ParamparaError, WorkdirBusy
+from parampara.errors import EXIT_OK, DiskFull, InvalidRequest, OutOfMemory, ParamparaError, WorkdirBusy
 from parampara.execution import stop
 from parampara.progress import JsonlProgress, Level
 from parampara.schemas.recipe import invalid
@@ -80,17 +82,19 @@ def run_stage(stage: Stage, *, config: Path, workdir: Path) -> int:
             write_atomically(workdir / "result.json", body.encode())
             return EXIT_OK
     except WorkdirBusy as error:
-        print(error.message, file=sys.stderr)
+        _say(error.message)
         return error.exit_code  # no error.json: the directory is somebody else's
     except ParamparaError as error:
-        print(f"{type(error).__name__}: {error.message}", file=sys.stderr)
+        _say(f"{type(error).__name__}: {error.message}")
         return _report(workdir, error.body(), error.exit_code)
     except MemoryError:
-        traceback.print_exc()
+        _say(traceback.format_exc())
         error = OutOfMemory("The stage ran out of memory; use a smaller batch or sequence length.")
         return _report(workdir, error.body(), error.exit_code)
     except Exception as error:  # noqa: BLE001 - the boundary of the process: whatever it was goes into error.json
-        traceback.print_exc()
+        _say(traceback.format_exc())
+        if (full := _disk_full(error)) is not None:
+            return _report(workdir, full.body(), full.exit_code)
         message = f"{type(error).__name__}: {error}"
         return _report(workdir, {"error": {"message": message, "type": "server_error", "param": None, "code": "stage_crashed"}}, 1)
 
@@ -162,11 +166,29 @@ def _discard(*paths: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _say(text: str) -> None:
+    """To the log; on a full disk there is none, and the exit code still has to be the right one."""
+    with contextlib.suppress(OSError):
+        print(text.rstrip(), file=sys.stderr, flush=True)
+
+
+def _disk_full(error: BaseException) -> DiskFull | None:
+    """The error by its name where a full disk, a quota or a limit on file sizes is behind it, however a library has wrapped it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            where = f" for {cause.filename}" if cause.filename else ""
+            advice = "Free disk space and retry the job; training goes on from its last checkpoint."
+            return DiskFull(f"No room on the disk{where} ({cause.strerror}). {advice}")
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
 def _report(workdir: Path, body: dict[str, Any], code: int) -> int:
     try:
         write_atomically(workdir / "error.json", json.dumps(body).encode())
     except OSError as error:  # disk full: the exit code and the log still tell
-        print(f"cannot write error.json: {error}", file=sys.stderr)
+        _say(f"cannot write error.json: {error}")
     return code
 
 
@@ -175,13 +197,13 @@ class _EchoProgress(JsonlProgress):
 
     def phase(self, name: str) -> None:
         super().phase(name)
-        print(f"-- {name}", file=sys.stderr, flush=True)
+        _say(f"-- {name}")
 
     def step(self, step: int, total: int, **metrics: float) -> None:
         super().step(step, total, **metrics)
         shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
-        print(f"   {step}/{total}  {shown}", file=sys.stderr, flush=True)
+        _say(f"   {step}/{total}  {shown}")
 
     def event(self, message: str, *, level: Level = "info", **data: Any) -> None:
         super().event(message, level=level, **data)
-        print(f"   {level}: {message}", file=sys.stderr, flush=True)
+        _say(f"   {level}: {message}")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from parampara.db.storable import storable
-from parampara.errors import EXIT_BAD_INPUT, EXIT_BUSY, EXIT_DIVERGED, EXIT_OK, EXIT_OUT_OF_MEMORY, EXIT_PREEMPTED
+from parampara.errors import EXIT_BAD_INPUT, EXIT_BUSY, EXIT_DISK_FULL, EXIT_DIVERGED, EXIT_OK, EXIT_OUT_OF_MEMORY, EXIT_PREEMPTED
 from parampara.schemas.stages import DeployResult, EvaluateResult, IngestResult, Kind, MergeResult, QuantizeResult, TrainResult
 
 RESULTS: dict[Kind, type[BaseModel]] = {
@@ -25,6 +25,7 @@ RESULTS: dict[Kind, type[BaseModel]] = {
 }
 _DEFAULT_MESSAGES = {
     EXIT_DIVERGED: ("diverged", "the loss is no longer finite"),
+    EXIT_DISK_FULL: ("disk_full", "no room left on the disk; free some and retry the job, which goes on from its last checkpoint"),
     EXIT_OUT_OF_MEMORY: ("out_of_memory", "the stage ran out of memory"),
     EXIT_BAD_INPUT: ("invalid_data", "the stage refused its configuration or data"),
 }

@@ -88,7 +88,16 @@ class TrainParams(Strict):
     eval_steps: Annotated[int, Field(ge=1)] | None = None
     checkpoint_steps: Annotated[int, Field(ge=1)] = 50
     keep_checkpoints: Annotated[int, Field(ge=2, le=100)] = 2
+    """Newest ones kept; with ``eval_steps`` also the one of the lowest validation loss."""
+    load_best: bool = False
+    """The adapter is that of the evaluated step with the lowest validation loss, where that is lower than after the last step."""
     logging_steps: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="after")
+    def _has_something_to_choose_from(self) -> TrainParams:
+        if self.load_best and self.eval_steps is None:
+            raise ValueError("load_best is true and eval_steps is null: set eval_steps, or there is nothing to choose from")
+        return self
 
 
 class AdapterParams(Strict):
@@ -240,6 +249,13 @@ class SftConfig(Strict):
     machine: Machine = Machine()
 
 
+class MicroBatchReduction(Strict):
+    """Memory ran out at ``step``: from there on each micro-batch was trained in ``parts`` parts, with the same rows in each step."""
+
+    step: int
+    parts: int
+
+
 class TrainResult(Strict):
     """``output`` holds a PEFT adapter: adapter_model.safetensors, adapter_config.json, tokenizer files, training.json."""
 
@@ -264,6 +280,11 @@ class TrainResult(Strict):
     validation_loss_after: float
     perplexity_before: float
     perplexity_after: float
+    adapter_step: int | None = None
+    """The step that the adapter is of: the last one, or with ``load_best`` the best one; ``validation_loss_after`` is its."""
+    best_step: int | None = None
+    """With ``eval_steps``: the step of the lowest validation loss, the last step included."""
+    best_validation_loss: float | None = None
     resumed_from_step: int = 0
     packing_efficiency: float | None = None
     peak_memory_bytes: int
@@ -273,6 +294,7 @@ class TrainResult(Strict):
     """Share of the device's peak that the model's own operations make up (Chowdhery et al. 2022); None: the peak is not known."""
     cost: float | None = None
     """``seconds`` at the price of ``PARAMPARA_WORKER__PRICE_PER_HOUR``, in its currency; loading and validation are not in it."""
+    micro_batch_reductions: list[MicroBatchReduction] = []
     library_versions: dict[str, str] = {}
 
 
