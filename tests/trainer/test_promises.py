@@ -75,16 +75,17 @@ def log(workdir: Path) -> str:
 def outcome(workdir: Path) -> dict[str, Any]:
     """Everything of a result that an exact resume leaves as it is."""
     result = TrainResult.model_validate_json((workdir / "result.json").read_bytes())
-    changing = {"output", "seconds", "tokens_per_second", "peak_memory_bytes", "resumed_from_step"}
+    changing = {"output", "seconds", "tokens_per_second", "peak_memory_bytes", "resumed_from_step", "mfu", "cost"}
     return result.model_dump(exclude=changing)
 
 
 def curve(workdir: Path) -> list[Any]:
-    """The lines of metrics.jsonl without the speeds."""
+    """The lines of metrics.jsonl without speed, memory and cost."""
     import json
 
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in record.items() if key not in ("tokens_per_s", "eta_s")} for record in records]
+    measured = {"tokens_per_s", "eta_s", "peak_memory_bytes", "mfu", "cost"}
+    return [{key: value for key, value in record.items() if key not in measured} for record in records]
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:

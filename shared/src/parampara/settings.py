@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -38,6 +38,8 @@ class WorkerSettings(BaseModel):
     """From SIGTERM to SIGKILL of a stage process that is cancelled or preempted."""
     stall_seconds: Annotated[float, Field(ge=10)] = 1800
     """A stage process that reports nothing for this long is stopped and counted as a crash."""
+    preload: Literal["none", "trl", "unsloth"] = "none"
+    """Training worker: keep a process with this backend's libraries imported and fork stages from it. Costs about 0.6 GB while idle."""
     metrics_port: Port | None = None
     metrics_host: str = "127.0.0.1"
     price_per_hour: Annotated[float, Field(ge=0)] | None = None

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from parampara.db.models import File, Job, Run
 from parampara.db.session import transaction
 from parampara.execution import leases
+from parampara.execution.preloaded import Preloaded
 from parampara.execution.queue import create_run, enqueue_job
 from parampara.execution.supervisor import Supervisor
 from parampara.files import path_of
@@ -43,6 +44,7 @@ class Queue:
     def __init__(self, settings: Settings, sessions: sessionmaker[Session]) -> None:
         self.settings, self.sessions = settings, sessions
         self.stopping = threading.Event()
+        self.preloaded: Preloaded | None = None
 
     def upload(self, text: str, filename: str = "book.txt") -> str:
         file_id = "file-" + os.urandom(12).hex()
@@ -80,7 +82,7 @@ class Queue:
         return claim
 
     def run(self, claim: leases.Claim) -> str:
-        return Supervisor(self.settings, self.sessions, service="sleepy", stopping=self.stopping).run(claim)
+        return Supervisor(self.settings, self.sessions, service="sleepy", stopping=self.stopping, preloaded=self.preloaded).run(claim)
 
     def work(self) -> list[str]:
         """Run everything that is queued, and what follows from it; returns ``<job>:<outcome>`` in order."""

@@ -51,21 +51,34 @@ class Stage:
 
     config: type[BaseModel]
     load: Callable[[], Callable[..., BaseModel | None]]
+    preloadable: Callable[[Any], bool] = lambda config: True
+    """Config to whether a process may run it that has imported already what ``preload`` of the service imports."""
 
 
-def main(service: str, *, stages: Mapping[str, Stage], queue: str, argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a stage, or ``worker``, and exit with its code."""
-    arguments = _parser(service, stages).parse_args(argv)
+def main(
+    service: str,
+    *,
+    stages: Mapping[str, Stage],
+    queue: str,
+    preloads: Mapping[str, Callable[[], None]] | None = None,
+    argv: Sequence[str] | None = None,
+) -> NoReturn:
+    """Run a stage, or ``worker``, and exit with its code. ``preloads``: what :mod:`parampara.execution.preloaded` may import, by name."""
+    arguments = _parser(service, stages, preloads or {}).parse_args(argv)
+    if arguments.command == "preload":
+        from parampara.execution import preloaded
+
+        preloaded.serve(stages, imports=(preloads or {})[arguments.what], channel=arguments.channel)
     if arguments.command == "worker":
         from parampara.execution.worker import serve  # Celery and the database: not for a stage process
 
-        sys.exit(serve(service, queue))
+        sys.exit(serve(service, queue, preloads=sorted(preloads or {})))
     sys.exit(run_stage(stages[arguments.command], config=arguments.config, workdir=arguments.workdir))
 
 
 def run_stage(stage: Stage, *, config: Path, workdir: Path) -> int:
     """Run one stage in this process under the child protocol and return its exit code."""
-    _die_with_supervisor()
+    die_with_supervisor()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the stall watchdog asks for this dump
     stop.install_handler()
@@ -76,8 +89,8 @@ def run_stage(stage: Stage, *, config: Path, workdir: Path) -> int:
             _discard(workdir / "result.json", workdir / "error.json")
             shutil.rmtree(workdir / "output", ignore_errors=True)  # of an attempt that was killed before anybody took it
             progress = _EchoProgress(workdir / "progress.jsonl")
-            _share_the_cores()
-            result = stage.load()(_read_config(stage.config, config), workdir=workdir, progress=progress)
+            share_the_cores()
+            result = stage.load()(read_config(stage.config, config), workdir=workdir, progress=progress)
             body = "{}" if result is None else json.dumps(storable(result.model_dump(mode="json")))
             write_atomically(workdir / "result.json", body.encode())
             return EXIT_OK
@@ -99,7 +112,7 @@ def run_stage(stage: Stage, *, config: Path, workdir: Path) -> int:
         return _report(workdir, {"error": {"message": message, "type": "server_error", "param": None, "code": "stage_crashed"}}, 1)
 
 
-def _share_the_cores() -> None:
+def share_the_cores() -> None:
     """Let idle threads of the numeric libraries sleep instead of spin; before those are imported, they read it once.
 
     The cores belong to the database, the servers and the other stages too. A spinning thread holds a core that the thread it waits
@@ -108,7 +121,7 @@ def _share_the_cores() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def _parser(service: str, stages: Mapping[str, Stage]) -> argparse.ArgumentParser:
+def _parser(service: str, stages: Mapping[str, Stage], preloads: Mapping[str, Any]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m {service}")
     commands = parser.add_subparsers(dest="command", required=True)
     for kind in stages:
@@ -116,10 +129,14 @@ def _parser(service: str, stages: Mapping[str, Stage]) -> argparse.ArgumentParse
         command.add_argument("--config", type=Path, required=True, help="JSON or YAML file with the stage's configuration")
         command.add_argument("--workdir", type=Path, required=True, help="private directory; holds checkpoints, progress and output")
     commands.add_parser("worker", help="take jobs from the queue until told to stop")
+    if preloads:
+        command = commands.add_parser("preload", help="import libraries and fork stages for the worker that has started this")
+        command.add_argument("--what", choices=sorted(preloads), required=True)
+        command.add_argument("--channel", type=int, required=True, help="inherited descriptor of a socket")
     return parser
 
 
-def _read_config(model: type[BaseModel], path: Path) -> BaseModel:
+def read_config(model: type[BaseModel], path: Path) -> BaseModel:
     try:
         text = path.read_text(encoding="utf-8")
         data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
@@ -151,7 +168,7 @@ def _lock(workdir: Path) -> TextIO:
             time.sleep(0.1)
 
 
-def _die_with_supervisor() -> None:
+def die_with_supervisor() -> None:
     """Ask the kernel to kill this process when the supervising thread ends; nothing to do for a stage started by hand."""
     supervisor = os.environ.get(SUPERVISOR_PID)
     if supervisor is None:

@@ -20,49 +20,60 @@ _TAIL_BYTES = 32_768
 
 
 class StageProcess:
-    """``python -m <service> <kind>``. Must be made and waited for by one thread: the process dies with that thread."""
+    """A running stage, wherever it was started; leader of a session of its own."""
 
-    def __init__(self, *, service: str, kind: Kind, workdir: Path, attempt: int) -> None:
-        self.log = workdir / f"attempt-{attempt}.log"
-        with self.log.open("ab") as log:
-            self._popen = subprocess.Popen(
-                [sys.executable, "-m", service, kind, "--config", str(workdir / "config.json"), "--workdir", str(workdir)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=stage_environment(),
-            )
-
-    @property
-    def pid(self) -> int:
-        return self._popen.pid
+    def __init__(self, pid: int, log: Path) -> None:
+        self.pid, self.log = pid, log
 
     def wait(self, seconds: float) -> int | None:
         """Exit code (-N: killed by signal N), or None when it still runs after ``seconds``."""
-        try:
-            return self._popen.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
+        raise NotImplementedError
 
     def ask_to_stop(self) -> None:
         """SIGTERM to the stage alone: its helpers must live on until it has written its checkpoint."""
-        self._popen.send_signal(signal.SIGTERM)
+        self._send(signal.SIGTERM)
 
     def dump_stacks(self) -> None:
         """Have the stage write the stacks of all its threads to its log."""
-        self._popen.send_signal(signal.SIGUSR1)
+        self._send(signal.SIGUSR1)
 
     def kill(self) -> None:
         """SIGKILL to the stage and everything it started that stayed in its session; from any thread, any number of times."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._popen.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
 
     def log_tail(self) -> str:
         """Last lines of the attempt's log."""
         with self.log.open("rb") as file:
             file.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
             return storable("\n".join(file.read().decode("utf-8", "replace").splitlines()[-_TAIL_LINES:]))
+
+    def _send(self, number: signal.Signals) -> None:
+        if self.wait(0) is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
+class SpawnedStage(StageProcess):
+    """``python -m <service> <kind>``. Must be made and waited for by one thread: the process dies with that thread."""
+
+    def __init__(self, *, service: str, kind: Kind, workdir: Path, log: Path) -> None:
+        with log.open("ab") as file:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-m", service, kind, "--config", str(workdir / "config.json"), "--workdir", str(workdir)],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=stage_environment(),
+            )
+        super().__init__(self._popen.pid, log)
+
+    def wait(self, seconds: float) -> int | None:
+        try:
+            return self._popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
 
 
 def stage_environment() -> dict[str, str]:

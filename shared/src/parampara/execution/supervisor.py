@@ -21,7 +21,8 @@ from parampara.execution import inputs, leases, metrics, outcomes, products
 from parampara.execution.exits import Ending, read_ending
 from parampara.execution.lease_keeper import LeaseKeeper
 from parampara.execution.leases import Claim
-from parampara.execution.process import StageProcess
+from parampara.execution.preloaded import Preloaded
+from parampara.execution.process import SpawnedStage, StageProcess
 from parampara.execution.watch import ProgressBook, ProgressTail
 from parampara.settings import Settings
 from parampara.storage import LocalStorage, write_atomically
@@ -38,11 +39,22 @@ T = TypeVar("T")
 
 
 class Supervisor:
-    """``stopping`` is set when the worker is to end: the stage gets its grace to checkpoint and the job goes back."""
+    """``stopping`` is set when the worker is to end: the stage gets its grace to checkpoint and the job goes back.
 
-    def __init__(self, settings: Settings, sessions: sessionmaker[Session], *, service: str, stopping: threading.Event) -> None:
+    With ``preloaded``, stages are forked from that process where it can serve them.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        sessions: sessionmaker[Session],
+        *,
+        service: str,
+        stopping: threading.Event,
+        preloaded: Preloaded | None = None,
+    ) -> None:
         self._settings, self._sessions = settings, sessions
-        self._service, self._stopping = service, stopping
+        self._service, self._stopping, self._preloaded = service, stopping, preloaded
         self._storage = LocalStorage(settings.artifacts_dir)
 
     def run(self, claim: Claim) -> str:
@@ -128,7 +140,7 @@ class Supervisor:
     def _supervise(self, claim: Claim, lease: LeaseKeeper, workdir: Path) -> Ending:
         """Start the stage and stay with it until it is dead; ends it when the lease, a user, the worker or a stall says so."""
         tail, book = ProgressTail(workdir / "progress.jsonl"), ProgressBook(claim.progress)
-        process = StageProcess(service=self._service, kind=claim.kind, workdir=workdir, attempt=claim.attempt)
+        process = self._start(claim, workdir)
         lease.on_gone = process.kill
         if lease.gone:  # between the claim and the line above
             process.kill()
@@ -156,6 +168,14 @@ class Supervisor:
         self._follow(claim, tail, book)
         self._flush(claim, lease, book)
         return read_ending(workdir, code, stopped_because=reason, log_tail=process.log_tail(), kind=claim.kind)
+
+    def _start(self, claim: Claim, workdir: Path) -> StageProcess:
+        log = workdir / f"attempt-{claim.attempt}.log"
+        if self._preloaded is not None:
+            self._preloaded.start()
+            if stage := self._preloaded.launch(kind=claim.kind, config=workdir / "config.json", workdir=workdir, log=log):
+                return stage
+        return SpawnedStage(service=self._service, kind=claim.kind, workdir=workdir, log=log)
 
     def _follow(self, claim: Claim, tail: ProgressTail, book: ProgressBook) -> bool:
         """Take in new lines of progress; True when there were any."""

@@ -10,6 +10,7 @@ import os
 import random
 import socket
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from celery import Celery, signals
@@ -19,6 +20,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from parampara.db.session import is_away, make_engine, make_sessions, transaction
 from parampara.execution import doorbell, leases, metrics
+from parampara.execution.preloaded import Preloaded
 from parampara.execution.supervisor import Supervisor
 from parampara.settings import Settings, get_settings
 from parampara.storage import LocalStorage
@@ -30,11 +32,20 @@ _log = get_logger(__name__)
 class Worker:
     """Takes jobs of one queue, one at a time, from two sides: :meth:`offer` (a message came) and :meth:`poll` (a thread)."""
 
-    def __init__(self, settings: Settings, sessions: sessionmaker[Session], app: Celery, *, service: str, queue: str) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        sessions: sessionmaker[Session],
+        app: Celery,
+        *,
+        service: str,
+        queue: str,
+        preloaded: Preloaded | None = None,
+    ) -> None:
         self.stopping = threading.Event()
         self._settings, self._sessions, self._app, self._queue = settings, sessions, app, queue
         self._name = f"{socket.gethostname()}:{os.getpid()}"
-        self._supervisor = Supervisor(settings, sessions, service=service, stopping=self.stopping)
+        self._supervisor = Supervisor(settings, sessions, service=service, stopping=self.stopping, preloaded=preloaded)
         self._busy = threading.Lock()
         self._polling: threading.Thread | None = None
 
@@ -107,13 +118,16 @@ class Worker:
         return claim
 
 
-def serve(service: str, queue: str) -> int:
+def serve(service: str, queue: str, *, preloads: Sequence[str] = ()) -> int:
     """Run ``python -m <service> worker`` until SIGTERM or SIGINT; returns the exit code."""
     settings = get_settings()
+    preloaded = Preloaded(service, settings.worker.preload) if settings.worker.preload in preloads else None
+    if preloaded is not None:
+        preloaded.start()  # in the main thread, with which it ends
     configure_logging(f"{service}-worker", log_format=settings.log_format, level=settings.log_level)
     engine = make_engine(settings.database, application=f"{service}-worker")
     app = doorbell.make_app(settings)
-    worker = Worker(settings, make_sessions(engine), app, service=service, queue=queue)
+    worker = Worker(settings, make_sessions(engine), app, service=service, queue=queue, preloaded=preloaded)
     if settings.worker.metrics_port is not None:
         start_metrics_server(settings.worker.metrics_port, host=settings.worker.metrics_host, ready=worker.faults)
     LocalStorage(settings.artifacts_dir).sweep()
@@ -123,6 +137,8 @@ def serve(service: str, queue: str) -> int:
         _consume(app, worker, queue)
     finally:
         worker.stop()
+        if preloaded is not None:
+            preloaded.stop()
         engine.dispose()
     return 0
 
