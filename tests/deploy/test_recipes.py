@@ -46,7 +46,7 @@ def test_kp_stages_are_the_plans(kp: Recipe) -> None:
     assert kp.base_model == "meta-llama/Llama-3.1-8B-Instruct"
     assert (kp.stages.dapt.train.epochs, kp.stages.sft.train.epochs) == (1, 3)
     assert kp.stages.merge.dtype == "float16"
-    assert kp.stages.quantize.schemes == ["unsloth", "bitsandbytes"]
+    assert kp.stages.quantize.schemes == ["w8a8", "unsloth", "bitsandbytes"]
     deploy = kp.stages.deploy
     assert deploy is not None
     assert (deploy.alias, deploy.max_model_len, deploy.gpu_memory_utilization, deploy.dtype) == ("kp", 2048, 0.9, "float16")
