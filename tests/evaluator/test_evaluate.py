@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from evaluator.comparison import read_items
 from evaluator.evaluate import run
 from evaluator.line import members
 from parampara.errors import InvalidData, InvalidRequest, Preempted
 from parampara.execution import stop
 from parampara.progress import SilentProgress
+from parampara.schemas.comparison import Comparison
 from parampara.schemas.expectations import read_expectations
 from parampara.schemas.ledger import ParityLedger
 from parampara.schemas.metrics import is_reported
@@ -89,7 +91,13 @@ def test_gates_decide(done: tuple[EvaluateResult, Recorded]) -> None:
 
 def test_the_output_is_the_report_and_nothing_else_remains(done: tuple[EvaluateResult, Recorded]) -> None:
     result = done[0]
-    assert {path.name for path in result.output.iterdir()} == {"report.json", "report.html", "ledger.json", "expectations.json"}
+    assert {path.name for path in result.output.iterdir()} == {
+        "report.json",
+        "report.html",
+        "ledger.json",
+        "items.jsonl",
+        "expectations.json",
+    }
     assert {path.name for path in result.output.parent.iterdir()} == {"output"}
     assert EvaluateResult.model_validate_json((result.output / "report.json").read_text()).metrics == result.metrics
     ledger = ParityLedger.model_validate_json((result.output / "ledger.json").read_text())
@@ -115,6 +123,25 @@ def test_the_expectations_are_what_the_quantized_model_says(done: tuple[Evaluate
     assert probe.forced_logprobs == pytest.approx([float(row[token]) for row, token in zip(rows, probe.forced_ids, strict=True)], abs=0.05)
     assert [ids[0] for ids in probe.top_ids] == rows.argmax(-1).tolist()
     assert len(probe.greedy_ids) <= 6
+
+
+def test_every_question_is_stored_with_every_models_result(done: tuple[EvaluateResult, Recorded]) -> None:
+    result, items = done[0], read_items(done[0].output)
+    assert items is not None and len({item.id for item in items}) == len(items) == 8
+    for model in ("base", "dapt", "sft", "quantized"):
+        assert sum(item.models[model].exact for item in items) / 8 == result.metrics[f"exact.{model}"]
+    assert all(0 < (item.models["sft"].loss or 0) < 50 for item in items)
+
+
+def test_a_champion_is_compared_on_the_same_questions(done: tuple[EvaluateResult, Recorded], line: Line, tmp_path: Path) -> None:
+    """The served model of the champion is the quantized one, that of this shorter line the merged one."""
+    config = line.config(champion=done[0].output, dapt_adapter=None, dapt_merged=None, sft_adapter=None, quantized=None)
+    result = run(config, workdir=tmp_path, progress=SilentProgress())
+    stored = Comparison.model_validate_json((result.output / "comparison.json").read_text())
+    assert stored.items == 8
+    assert stored.metrics().items() <= result.metrics.items()
+    assert stored.loss is not None and 0 < abs(stored.loss.value) < 0.1
+    assert all(is_reported(name) for name in stored.metrics())
 
 
 def test_samples_hold_every_models_answer_in_both_languages(done: tuple[EvaluateResult, Recorded]) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from evaluator.curves import Curve, draw, read_curves
-from evaluator.report import change, figure, render, write
+from evaluator.report import Findings, change, figure, render, write
 from evaluator.schemes import read_schemes
 from parampara.errors import InvalidData
+from parampara.schemas.comparison import Comparison, Flip, Interval
 from parampara.schemas.ledger import LedgerModel, LedgerProbes, LedgerTransition, ParityLedger
 from parampara.schemas.stages import EvaluateResult, GateResult, Sample, SchemeAttempt
 
@@ -65,19 +66,26 @@ def ledger() -> ParityLedger:
     return ParityLedger(probes=probes, models=[base, sft], transitions=[step])
 
 
+def findings(*curves: Curve) -> Findings:
+    interval = Interval(value=0.05, low=-0.011, high=0.12)
+    flip = Flip(id="f" * 64, question=NASTY, expected=NASTY, champion=NASTY, candidate="Answer: Ketu", to="won")
+    comparison = Comparison(items=40, won=3, lost=1, exact=interval, loss=interval, flips=[flip])
+    return Findings(result(), ledger(), curves, items=[], comparison=comparison)
+
+
 def test_nothing_of_the_data_can_become_markup() -> None:
-    page = render(result(), ledger(), [Curve(title=NASTY, train=CURVE.train, validation=CURVE.validation)])
+    page = render(findings(Curve(title=NASTY, train=CURVE.train, validation=CURVE.validation)))
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 4
 
 
 def test_nothing_is_loaded_from_elsewhere() -> None:
-    page = render(result(), ledger(), [CURVE])
+    page = render(findings(CURVE))
     assert not re.findall(r"""(?:src|href)\s*=|url\(|@import|https?://""", page)
 
 
 def test_gates_metrics_parity_and_samples_are_shown() -> None:
-    text = _text(render(result(), ledger(), [CURVE]))
+    text = _text(render(findings(CURVE)))
     for shown in [
         "hold",
         "not measured",
@@ -89,6 +97,8 @@ def test_gates_metrics_parity_and_samples_are_shown() -> None:
         "differs in 25.0 %",
         "+0.04 %",
         "b" * 12,
+        "40 questions were put to both: 3 won, 1 lost",
+        "+12.0 %",
         "97.0 %",
         "Answer: Ketu",
         "+0.09 %",
@@ -99,7 +109,7 @@ def test_gates_metrics_parity_and_samples_are_shown() -> None:
 
 
 def test_json_is_the_result_without_the_machines_path(tmp_path: Path) -> None:
-    write(result(), ledger(), [], directory=tmp_path)
+    write(findings(), directory=tmp_path)
     stored = EvaluateResult.model_validate_json((tmp_path / "report.json").read_text())
     assert stored == result().model_copy(update={"output": Path(".")})
     assert "/secret" not in (tmp_path / "report.json").read_text() + (tmp_path / "report.html").read_text()
@@ -140,7 +150,7 @@ def test_a_curve_says_how_fast_and_at_what_cost(tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text(json.dumps(summary))
     (curve,) = read_curves(dapt=None, sft=tmp_path)
     assert curve.note == "trl, base in nf4, 9 steps, 8,100 tokens/s, 41% of the device's peak, cost 1.50, peak memory 22.1 GB"
-    write(result(), ledger(), [curve], directory=tmp_path)
+    write(findings(curve), directory=tmp_path)
     assert "41% of the device" in (tmp_path / "report.html").read_text()
 
 
@@ -183,12 +193,12 @@ def test_every_scheme_that_was_tried_is_shown_with_its_figures_or_its_reason(tmp
     (tmp_path / "quantize.json").write_text(json.dumps({"attempts": [attempt.model_dump() for attempt in tried]}))
     assert read_schemes(tmp_path) == tried
     assert read_schemes(None) == read_schemes(tmp_path / "none") == []
-    page = render(result().model_copy(update={"schemes": tried}), ledger(), [])
+    page = render(Findings(result().model_copy(update={"schemes": tried}), ledger(), [], items=[]))
     table = page[page.index("Ways to eight bits") : page.index("Answers of the SFT model")]
     assert table.count("not taken") == 2 and table.count("kept") == 1
     for told in ("needs a GPU &amp; more", change(0.0213), change(0.0024), "99.2 %"):
         assert told in table, told
-    assert "Ways to eight bits" not in render(result(), ledger(), [])
+    assert "Ways to eight bits" not in render(findings())
 
 
 def test_a_torn_record_of_the_schemes_is_named(tmp_path: Path) -> None:

@@ -35,6 +35,11 @@ def test_a_metric_that_was_not_measured_or_is_not_finite_fails_its_gate(metric: 
     assert not result.passed
 
 
+def test_an_optional_gate_is_met_where_its_metric_was_not_measured_and_only_there() -> None:
+    gate = Gate(metric="comparison.exact_low", min=-0.05, optional=True)
+    assert [apply([gate], metrics)[0].passed for metrics in ({}, {gate.metric: -0.1}, {gate.metric: math.nan})] == [True, False, False]
+
+
 @pytest.mark.parametrize(
     ("actions", "decision"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from datetime import timedelta
@@ -15,7 +16,7 @@ from parampara import manifest
 from parampara.db.models import Alias, Artifact, Attempt, Deployment, Event, Job, Model, Outbox
 from parampara.db.session import transaction
 from parampara.errors import ArtifactDamaged, InvalidRequest, NotFound, WrongState
-from parampara.execution import products
+from parampara.execution import inputs, products
 from parampara.execution.queue import enqueue_job, request_cancel, retry_job, retry_run
 from parampara.plan import deploy_spec
 from parampara.schemas.stages import DeployParams
@@ -187,6 +188,34 @@ def test_equal_bytes_under_another_suffix_are_another_input(queue: Any) -> None:
         run_id = queue.start_run(datasets=datasets)
         claim = queue.claimed()
         assert (claim.run_id, queue.run(claim)) == (run_id, outcome)
+
+
+def test_an_evaluation_gets_that_of_the_model_which_serves_to_compare_with(queue: Any) -> None:
+    first = queue.start_run()
+    queue.work()
+    report = queue.jobs(first)["evaluate"].artifact_id
+    second = queue.start_run(seed=43)
+    assert champion(queue, second) == report
+    assert champion(queue, second, quantize=queue.jobs(first)["quantize"].artifact_id) is None, "the very model that serves"
+    assert champion(queue, queue.start_run(deploy="other")) is None
+    assert champion(queue, queue.start_run(deploy=None)) is None
+
+
+def champion(queue: Any, run_id: str, **artifacts: str) -> str | None:
+    with queue.sessions() as session:
+        return inputs._champion(session, queue.jobs(run_id)["evaluate"], artifacts)
+
+
+def test_a_champions_report_that_is_gone_is_not_compared_with(queue: Any) -> None:
+    run_id = queue.start_run()
+    with queue.sessions() as session:
+        spec = session.get_one(Job, queue.jobs(run_id)["evaluate"].id).spec
+    file_id = queue.upload("anything", "book.txt")
+    swapped = {name: [{"file": file_id}] for name in spec["inputs"]}
+    rows = {file_id: inputs.FileRow(file_id, "book.txt", hashlib.sha256(b"anything").hexdigest())}
+    gathered = inputs.Gathered(kind="evaluate", spec={**spec, "inputs": swapped}, files=rows, champion="sha256:" + "0" * 64)
+    config = inputs.resolve(gathered, queue.settings, LocalStorage(queue.settings.artifacts_dir)).config
+    assert config.model_dump()["champion"] is None
 
 
 def test_held_by_a_gate_succeeds_without_deploying(queue: Any) -> None:

@@ -6,29 +6,33 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from evaluator import expectations, metrics, parity, plateau, report
+from evaluator import comparison, expectations, metrics, parity, plateau, report
 from evaluator.answers import compile_formats, generate
-from evaluator.curves import Curve, read_curves
+from evaluator.curves import read_curves
 from evaluator.entries import write_ledger
+from evaluator.items import make_items
 from evaluator.ledger import Ledger
 from evaluator.line import GREEDY_PROBE_TOKENS, Material, Measured, Member, check_weights, members, read_material, work
 from evaluator.meter import Meter
 from evaluator.models import Loaded, common_dtype, loaded
-from evaluator.perplexity import answer_sequences, loss
+from evaluator.perplexity import answer_sequences, loss, losses, total
+from evaluator.report import Findings
 from evaluator.schemes import read_schemes
 from parampara import gates
 from parampara.errors import OutOfMemory
 from parampara.progress import Progress
+from parampara.schemas.comparison import Comparison, Item
 from parampara.schemas.expectations import FILE_NAME, Expectations
-from parampara.schemas.ledger import ParityLedger
 from parampara.schemas.stages import EvaluateConfig, EvaluateResult
 from parampara.storage import fsync_tree
 
 
 def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> EvaluateResult:
-    """Evaluate a line of models into ``workdir / "output"`` (report.json, report.html, ledger.json, expectations.json).
+    """Evaluate a line of models into ``workdir / "output"`` (report.json, report.html, ledger.json, items.jsonl, expectations.json, and
+    comparison.json where there is a champion).
 
     Raises:
         InvalidData: a model directory or held-out file is not what it has to be.
@@ -44,14 +48,16 @@ def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> Evaluat
     check_weights(line)
     meter = Meter(progress, total=sum(work(member, material) for member in line) + len(material.expected))
     if material.held_out.trained_on:
-        total = len(material.held_out.questions)
-        meter.warn(f"{material.held_out.trained_on} of {total} held-out questions are asked in the training files too; bring others.")
+        asked = len(material.held_out.questions)
+        meter.warn(f"{material.held_out.trained_on} of {asked} held-out questions are asked in the training files too; bring others.")
     scratch = workdir / "probes"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         measured, recorded = measure_line(config, line, material, scratch=scratch, meter=meter)
         ledger = write_ledger(line, material, recorded, meter=meter)
-        values = metrics.collect(config, measured, material, ledger) | _plateau(config)
+        items = make_items(material.held_out.questions, measured)
+        compared = _compare(config, items, meter)
+        values = metrics.collect(config, measured, material, ledger) | _plateau(config) | (compared.metrics() if compared else {})
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     known = {name: value for name, value in sorted(values.items()) if math.isfinite(value)}
@@ -69,7 +75,7 @@ def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> Evaluat
     )
     meter.phase("write report")
     curves = read_curves(dapt=config.dapt_adapter, sft=config.sft_adapter)
-    _publish(result, ledger, curves, measured[line[-1].name].expectations, workdir=workdir)
+    _publish(Findings(result, ledger, curves, items, compared), measured[line[-1].name].expectations, workdir=workdir)
     return result
 
 
@@ -98,6 +104,17 @@ def measure_line(
             raise OutOfMemory(f"Out of memory while {member.name} was evaluated: {error}", param="params") from None
         ledger.add(recording)
     return measured, ledger
+
+
+def _compare(config: EvaluateConfig, items: Sequence[Item], meter: Meter) -> Comparison | None:
+    """Against the model that serves now, where there is one and its evaluation asked some of the same questions."""
+    if config.champion is None:
+        return None
+    champion = comparison.read_items(config.champion)
+    compared = comparison.compare(champion, items, seed=config.seed) if champion is not None else None
+    if compared is None:
+        meter.warn("The evaluation of the model that serves now shares no question with this one: the two are not compared.")
+    return compared
 
 
 def _plateau(config: EvaluateConfig) -> dict[str, float]:
@@ -129,20 +146,25 @@ def _measure_held_out(model: Loaded, config: EvaluateConfig, material: Material,
     text = loss(model, material.texts, meter)
     meter.phase(f"validation loss of {model.name}")
     limit = min(config.sft_params.train.max_seq_length, model.max_tokens)
-    conversations = [question.conversation for question in questions]
-    answer = loss(model, answer_sequences(model.tokenizer, conversations, max_tokens=limit), meter)
+    cut = [answer_sequences(model.tokenizer, [question.conversation], max_tokens=limit) for question in questions]
+    told = iter(losses(model, [sequence for found in cut for sequence in found], meter))
+    answer_losses = [next(told) if found else None for found in cut]
     meter.phase(f"answers of {model.name}")
-    return Measured(text=text, answer=answer, answers=generate(model, questions, max_new_tokens=config.params.max_new_tokens, meter=meter))
+    return Measured(
+        text=text,
+        answer=total([one for one in answer_losses if one is not None]),
+        answer_losses=answer_losses,
+        answers=generate(model, questions, max_new_tokens=config.params.max_new_tokens, meter=meter),
+    )
 
 
-def _publish(result: EvaluateResult, ledger: ParityLedger, curves: list[Curve], expected: Expectations | None, *, workdir: Path) -> None:
-    staging = workdir / "staging"
+def _publish(findings: Findings, expected: Expectations | None, *, workdir: Path) -> None:
+    output, staging = findings.result.output, workdir / "staging"
     shutil.rmtree(staging, ignore_errors=True)
-    shutil.rmtree(result.output, ignore_errors=True)
+    shutil.rmtree(output, ignore_errors=True)
     staging.mkdir()
-    (staging / "ledger.json").write_text(ledger.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    report.write(result, ledger, curves, directory=staging)
+    report.write(findings, directory=staging)
     if expected is not None:
         (staging / FILE_NAME).write_text(expected.model_dump_json() + "\n", encoding="utf-8")
     fsync_tree(staging)
-    os.rename(staging, result.output)
+    os.rename(staging, output)

@@ -51,6 +51,8 @@ class Measured:
 
     text: Loss | None = None
     answer: Loss | None = None
+    answer_losses: list[Loss | None] = field(default_factory=list)
+    """Of each question's reference answer; None where the question alone fills the window."""
     answers: list[str] = field(default_factory=list)
     expectations: Expectations | None = None
     """Of the last model alone."""

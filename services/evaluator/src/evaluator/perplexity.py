@@ -11,7 +11,7 @@ from evaluator.models import Loaded
 from parampara.datasets.scored import Loss, Scored, answer_sequences, batches, longest_first, text_sequences
 from parampara.errors import InvalidData
 
-__all__ = ["Loss", "Scored", "answer_sequences", "log_probs", "longest_first", "loss", "text_sequences"]
+__all__ = ["Loss", "Scored", "answer_sequences", "log_probs", "longest_first", "loss", "losses", "text_sequences", "total"]
 
 _LOGITS = 1 << 26
 """Logit values computed at once: 256 MiB in float32."""
@@ -25,14 +25,34 @@ def loss(model: Loaded, sequences: Sequence[Scored], meter: Meter) -> Loss:
         InvalidData: no token counts.
         Preempted: asked to stop.
     """
-    nats, tokens = 0.0, 0
+    return total(losses(model, sequences, meter))
+
+
+def losses(model: Loaded, sequences: Sequence[Scored], meter: Meter) -> list[Loss]:
+    """The loss of each sequence, in their order; a sequence of which no token counts has a loss over 0 tokens.
+
+    Raises:
+        Preempted: asked to stop.
+    """
+    order = iter(sorted(range(len(sequences)), key=lambda index: -len(sequences[index].ids)))  # that of the batches
+    found: dict[int, Loss] = {}
     for batch in _batches(model, sequences):
-        sums, counts = _batch_loss(model, batch)
-        nats, tokens = nats + sums, tokens + counts
+        found |= {next(order): of for of in _batch_losses(model, batch)}
+        nats, tokens = sum(of.nats for of in found.values()), sum(of.tokens for of in found.values())
         meter.advance(len(batch), loss=nats / max(tokens, 1))
-    if tokens == 0:
+    return [found[index] for index in range(len(sequences))]
+
+
+def total(parts: Sequence[Loss]) -> Loss:
+    """All of them together.
+
+    Raises:
+        InvalidData: no token counts.
+    """
+    summed = Loss(nats=sum(part.nats for part in parts), tokens=sum(part.tokens for part in parts))
+    if summed.tokens == 0:
         raise InvalidData("No held-out token to measure: the held-out data is empty or too short.", param="text")
-    return Loss(nats=nats, tokens=tokens)
+    return summed
 
 
 def log_probs(model: Loaded, sequences: Sequence[Scored]) -> Iterator[torch.Tensor]:
@@ -54,14 +74,14 @@ def _batches(model: Loaded, sequences: Sequence[Scored]) -> Iterator[list[Scored
     return batches(sequences, tokens=_LOGITS // vocabulary, rows=_MAX_ROWS)
 
 
-def _batch_loss(model: Loaded, batch: list[Scored]) -> tuple[float, int]:
+def _batch_losses(model: Loaded, batch: list[Scored]) -> list[Loss]:
     ids, seen = _padded(model, batch)
     longest = ids.shape[1]
     counted = torch.tensor([row.counted + [False] * (longest - len(row.counted)) for row in batch])[:, 1:].to(model.device)
     with torch.inference_mode():
         logits = model.model(input_ids=ids, attention_mask=seen, use_cache=False).logits[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    return float(losses[counted].double().sum()), int(counted.sum())
+        nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return [Loss(nats=float(row[counts].double().sum()), tokens=int(counts.sum())) for row, counts in zip(nats, counted, strict=True)]
 
 
 def _padded(model: Loaded, batch: list[Scored]) -> tuple[torch.Tensor, torch.Tensor]:

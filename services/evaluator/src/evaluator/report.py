@@ -11,6 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from evaluator import curves
 from evaluator.curves import Curve
+from evaluator.items import as_lines
+from parampara.schemas.comparison import Comparison, Item
 from parampara.schemas.ledger import ParityLedger
 from parampara.schemas.stages import EvaluateResult
 
@@ -39,28 +41,49 @@ class Headline:
     note: str
 
 
-def write(result: EvaluateResult, ledger: ParityLedger, history: Sequence[Curve], *, directory: Path) -> None:
-    """Write report.json (the result, its path left out) and report.html into ``directory``."""
-    stored = result.model_copy(update={"output": Path(".")})
-    (directory / "report.json").write_text(stored.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    (directory / "report.html").write_text(render(result, ledger, history), encoding="utf-8")
+@dataclass(frozen=True)
+class Findings:
+    """All that an evaluation found out."""
+
+    result: EvaluateResult
+    ledger: ParityLedger
+    history: Sequence[Curve]
+    items: Sequence[Item]
+    comparison: Comparison | None = None
 
 
-def render(result: EvaluateResult, ledger: ParityLedger, history: Sequence[Curve]) -> str:
+def write(findings: Findings, *, directory: Path) -> None:
+    """Write report.json (the result, its path left out), report.html, ledger.json, items.jsonl and, where two models were compared,
+    comparison.json into ``directory``."""
+    stored = findings.result.model_copy(update={"output": Path(".")})
+    texts = {
+        "report.json": stored.model_dump_json(indent=2) + "\n",
+        "report.html": render(findings),
+        "ledger.json": findings.ledger.model_dump_json(indent=2) + "\n",
+        "items.jsonl": as_lines(findings.items),
+    }
+    if findings.comparison is not None:
+        texts["comparison.json"] = findings.comparison.model_dump_json(indent=2) + "\n"
+    for name, text in texts.items():
+        (directory / name).write_text(text, encoding="utf-8")
+
+
+def render(findings: Findings) -> str:
     """The HTML page; every value that came from data or models is escaped."""
     environment = Environment(
         loader=PackageLoader("evaluator", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"figure": figure, "percent": percent, "bound": _bound, "change": change}
-    metrics = result.metrics
+    result, metrics = findings.result, findings.result.metrics
     return environment.get_template("report.html.j2").render(
         result=result,
         verdict=_DECISIONS[result.decision],
         headlines=_headlines(metrics),
-        charts=[(curve.title, curves.draw(curve), curve.note) for curve in history],
+        charts=[(curve.title, curves.draw(curve), curve.note) for curve in findings.history],
         models=[(name, _MODEL_TITLES[name]) for name in MODELS if f"perplexity.{name}" in metrics],
         metrics=metrics,
-        ledger=ledger,
+        ledger=findings.ledger,
+        comparison=findings.comparison,
         transition_titles=_TRANSITIONS,
         groups=[(title, _below(metrics, prefix)) for prefix, title in _GROUP_TITLES.items() if _below(metrics, prefix)],
         formats=_below(metrics, "format"),

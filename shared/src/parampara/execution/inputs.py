@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from sqlalchemy.orm import Session
 
 import parampara
 from parampara import base_models, files
-from parampara.db.models import Deployment, File, Job, Run, VectorStore
+from parampara.db.models import Alias, Deployment, File, Job, Model, Run, VectorStore
 from parampara.errors import InvalidData, InvalidRequest, NotFound
 from parampara.execution import hooks
 from parampara.execution.leases import Claim, hold
@@ -69,6 +70,8 @@ class Gathered:
     files: dict[str, FileRow] = field(default_factory=dict)
     deployment: dict[str, Any] = field(default_factory=dict)
     embedding_model: str = ""
+    champion: str | None = None
+    """Report artifact of the model that the run's alias serves now."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ def gather(session: Session, claim: Claim) -> Gathered | None:
         files=_file_rows(session, [reference["file"] for reference in references if "file" in reference]),
         deployment=_deployment(session, job, run, artifacts) if job.kind == "deploy" else {},
         embedding_model=_embedding_model(session, job) if job.kind == "ingest" else "",
+        champion=_champion(session, job, artifacts) if job.kind == "evaluate" else None,
     )
 
 
@@ -127,6 +131,9 @@ def resolve(gathered: Gathered, settings: Settings, storage: LocalStorage) -> Re
     inputs = {
         name: [_locate(reference, gathered, settings, storage) for reference in group] for name, group in gathered.spec["inputs"].items()
     }
+    if gathered.champion is not None:
+        with suppress(NotFound):  # an old report may have been deleted: then there is nothing to compare with
+            inputs["champion"] = [_locate({"artifact": gathered.champion}, gathered, settings, storage)]
     config_data = _ASSEMBLE[gathered.kind](gathered, inputs, settings)
     try:
         config = CONFIGS[gathered.kind].model_validate(config_data)
@@ -224,6 +231,7 @@ def _evaluate(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Set
         **_data(inputs),
         **{name: gathered.spec[name] for name in copied},
         "deploy_params": gathered.spec.get("deploy_params"),
+        "champion": inputs["champion"][0].path if "champion" in inputs else None,
     }
 
 
@@ -287,6 +295,16 @@ def _deployment(session: Session, job: Job, run: Run | None, artifacts: dict[str
         raise InvalidRequest(f"Deploy job {job.id} names no model.", param="spec.model")
     deployment: Deployment = hooks.open_deployment(session, job, model=model, artifact_id=artifact_id)
     return {"model_name": deployment.model, "alias": deployment.alias, "generation": deployment.generation}
+
+
+def _champion(session: Session, job: Job, artifacts: dict[str, str]) -> str | None:
+    """What to compare with; None where nothing serves, what serves was not evaluated, or it is the very model under evaluation."""
+    alias = session.get(Alias, (job.spec.get("deploy_params") or {}).get("alias", ""))
+    model = session.get(Model, alias.model) if alias is not None and alias.model is not None else None
+    if model is None or model.run_id is None or model.artifact_id in artifacts.values():
+        return None
+    reports = select(Job.artifact_id).where(Job.run_id == model.run_id, Job.kind == "evaluate", Job.state == "succeeded")
+    return session.scalars(reports.order_by(Job.finished_at.desc()).limit(1)).one_or_none()
 
 
 def _embedding_model(session: Session, job: Job) -> str:

@@ -177,6 +177,9 @@ class Gate(Strict):
     max: float | None = None
     action: Literal["promote", "hold", "fail"] = "hold"
     """What happens when the bound is missed: ``promote`` only warns, ``hold`` keeps the alias where it is, ``fail`` fails the run."""
+    optional: bool = False
+    """Whether a metric that was not measured meets the bound: for what not every run can measure, as a comparison with the model
+    that serves now where none does."""
 
     @model_validator(mode="after")
     def _has_a_bound(self) -> Gate:
@@ -388,6 +391,8 @@ class EvaluateConfig(Strict):
     params: EvaluateParams = EvaluateParams()
     deploy_params: DeployParams | None = None
     """How the model is to be served, for the estimate of the memory that it will need; None: not to be served."""
+    champion: Path | None = None
+    """Evaluation artifact of the model that serves now: its ``items.jsonl`` is compared with this evaluation's."""
     gates: list[Gate] = []
     seed: int = 42
 
@@ -410,7 +415,7 @@ class Sample(Strict):
 
 
 class EvaluateResult(Strict):
-    """``output`` holds report.json (this object) and report.html."""
+    """``output`` holds report.json (this object), report.html, ledger.json, items.jsonl and, with a champion, comparison.json."""
 
     output: Path
     metrics: dict[str, float]
