@@ -28,6 +28,9 @@ HEAD_DIM_32 = 128
 """Hidden size of a tiny model with four heads of 32: vLLM's CPU attention has no kernel for 16."""
 PROMPT = [0, 20, 30, 40, 50, 60, 70, 80, 90]
 START_SECONDS = 100
+NATS = {"bitsandbytes": 0.15, "w8a8": 0.5, "fp8": 0.15}
+"""How far a log-probability may be from transformers': vLLM's INT8 kernel is itself 0.4 off on an AVX2 CPU, for a checkpoint
+that is rounded the plain way (``tests/compressed.py``) as for ours; with the unrounded weights both agree to 0.003."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="no .venv-vllm here")]
 
@@ -75,7 +78,8 @@ def test_vllm_gives_the_same_probabilities_as_transformers_and_nearly_the_parent
     choice = _post(f"{vllm_url}/v1/completions", body)["choices"][0]
     served = [entry[str(token)]["logprob"] for token, entry in zip(PROMPT[1:], choice["prompt_logprobs"][1:], strict=True)]
     expected = _log_probs(model)
-    assert served == pytest.approx(expected, abs=0.15)
+    scheme = json.loads((model / "quantize.json").read_text(encoding="utf-8"))["scheme"]
+    assert served == pytest.approx(expected, abs=NATS[scheme])
     assert served == pytest.approx(_log_probs(parent), abs=0.5)
     assert max(expected) - min(expected) > 1  # so the bounds above can fail
 
