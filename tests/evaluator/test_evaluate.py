@@ -92,6 +92,7 @@ def test_gates_decide(done: tuple[EvaluateResult, Recorded]) -> None:
 def test_the_output_is_the_report_and_nothing_else_remains(done: tuple[EvaluateResult, Recorded]) -> None:
     result = done[0]
     assert {path.name for path in result.output.iterdir()} == {
+        "README.md",
         "report.json",
         "report.html",
         "ledger.json",

@@ -142,6 +142,7 @@ def _evaluate(recipe: Recipe, base: Reference, books: Mapping[str, list[Referenc
     }
     extra = {
         "seed": recipe.seed,
+        "base_model": recipe.base_model,
         **_training_params(recipe),
         "deploy_params": recipe.stages.deploy.model_dump(mode="json") if recipe.stages.deploy is not None else None,
         "gates": _gates(recipe, live=False),

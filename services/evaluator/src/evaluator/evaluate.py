@@ -11,6 +11,7 @@ from pathlib import Path
 
 from evaluator import comparison, expectations, metrics, parity, plateau, report
 from evaluator.answers import compile_formats, generate
+from evaluator.card import model_card
 from evaluator.curves import read_curves
 from evaluator.entries import write_ledger
 from evaluator.items import make_items
@@ -31,8 +32,8 @@ from parampara.storage import fsync_tree
 
 
 def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> EvaluateResult:
-    """Evaluate a line of models into ``workdir / "output"`` (report.json, report.html, ledger.json, items.jsonl, expectations.json, and
-    comparison.json where there is a champion).
+    """Evaluate a line of models into ``workdir / "output"`` (report.json, report.html, ledger.json, items.jsonl, expectations.json,
+    README.md, and comparison.json where there is a champion).
 
     Raises:
         InvalidData: a model directory or held-out file is not what it has to be.
@@ -75,7 +76,7 @@ def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> Evaluat
     )
     meter.phase("write report")
     curves = read_curves(dapt=config.dapt_adapter, sft=config.sft_adapter)
-    _publish(Findings(result, ledger, curves, items, compared), measured[line[-1].name].expectations, workdir=workdir)
+    _publish(config, Findings(result, ledger, curves, items, compared), measured[line[-1].name].expectations, workdir=workdir)
     return result
 
 
@@ -158,12 +159,13 @@ def _measure_held_out(model: Loaded, config: EvaluateConfig, material: Material,
     )
 
 
-def _publish(findings: Findings, expected: Expectations | None, *, workdir: Path) -> None:
+def _publish(config: EvaluateConfig, findings: Findings, expected: Expectations | None, *, workdir: Path) -> None:
     output, staging = findings.result.output, workdir / "staging"
     shutil.rmtree(staging, ignore_errors=True)
     shutil.rmtree(output, ignore_errors=True)
     staging.mkdir()
     report.write(findings, directory=staging)
+    (staging / "README.md").write_text(model_card(config, findings.result, findings.ledger), encoding="utf-8")
     if expected is not None:
         (staging / FILE_NAME).write_text(expected.model_dump_json() + "\n", encoding="utf-8")
     fsync_tree(staging)

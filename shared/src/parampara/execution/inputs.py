@@ -182,7 +182,7 @@ def _cache_key(gathered: Gathered, inputs: dict[str, list[_Input]], params: Any)
         return None
     extra = {
         key: gathered.spec[key]
-        for key in ("seed", "backend", "dapt_params", "sft_params", "deploy_params", "gates")
+        for key in ("seed", "backend", "dapt_params", "sft_params", "deploy_params", "base_model", "gates")
         if key in gathered.spec
     }
     content = {
@@ -230,6 +230,7 @@ def _evaluate(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Set
         **{name: inputs[name][0].path for name in models},
         **_data(inputs),
         **{name: gathered.spec[name] for name in copied},
+        "base_model": gathered.spec.get("base_model", ""),
         "deploy_params": gathered.spec.get("deploy_params"),
         "champion": inputs["champion"][0].path if "champion" in inputs else None,
     }

@@ -379,6 +379,8 @@ class EvaluateConfig(Strict):
 
     kind: Literal["evaluate"] = "evaluate"
     base: Path
+    base_model: Annotated[str, Field(max_length=200)] = ""
+    """Name of the base, for the model card."""
     dapt_adapter: Path | None = None
     dapt_merged: Path | None = None
     sft_adapter: Path | None = None
@@ -415,7 +417,8 @@ class Sample(Strict):
 
 
 class EvaluateResult(Strict):
-    """``output`` holds report.json (this object), report.html, ledger.json, items.jsonl and, with a champion, comparison.json."""
+    """``output`` holds report.json (this object), report.html, ledger.json, items.jsonl, README.md (a model card) and, with a champion,
+    comparison.json."""
 
     output: Path
     metrics: dict[str, float]

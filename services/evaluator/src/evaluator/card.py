@@ -1,0 +1,88 @@
+"""The model card: README.md with the hub's front matter (https://huggingface.co/docs/hub/model-cards), ready to lie beside the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from parampara.schemas.ledger import ParityLedger
+from parampara.schemas.stages import EvaluateConfig, EvaluateResult
+
+_RESULTS = {
+    "exact": ("exact_match", "Exact answers", "held-out questions"),
+    "validation_loss": ("loss", "Loss of the reference answers, nats per token", "held-out questions"),
+    "perplexity": ("perplexity", "Perplexity", "held-out books"),
+}
+"""Metric of the served model to type, name and data set as the hub shows them."""
+
+
+def model_card(config: EvaluateConfig, result: EvaluateResult, ledger: ParityLedger) -> str:
+    """Text of the card: front matter with the results of the served model, then how it was made and what was measured."""
+    served = "quantized" if config.quantized is not None else "sft"
+    base = config.base_model or "base"
+    data = ModelCardData(
+        base_model=config.base_model or None,
+        library_name="vllm" if served == "quantized" else "transformers",
+        pipeline_tag="text-generation",
+        license=_license(config.base),
+        tags=["parampara", "lora", "merged", *(["8-bit"] if served == "quantized" else [])],
+        model_name=f"{base.rpartition('/')[2]}-expert",
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="held-out",
+                dataset_name=dataset,
+                metric_type=kind,
+                metric_name=name,
+                metric_value=round(result.metrics[f"{metric}.{served}"], 6),
+            )
+            for metric, (kind, name, dataset) in _RESULTS.items()
+            if f"{metric}.{served}" in result.metrics
+        ],
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_body(base, served, result, ledger))
+
+
+def _body(base: str, served: str, result: EvaluateResult, ledger: ParityLedger) -> list[str]:
+    model = next(model for model in ledger.models if model.name == served)
+    shown = ("kl", "top1", "recovered", "perplexity_change", "chat_template")
+    parity = [step.model_dump() for step in ledger.transitions]
+    return [
+        f"# A domain expert on {base}",
+        "",
+        "Domain-adaptive pretraining and supervised fine-tuning, both by LoRA, merged into the base"
+        + (" and quantized to eight bits." if served == "quantized" else "."),
+        f"Weights `sha256:{model.weights_sha256}`.",
+        "",
+        f"## Gates: {result.decision}",
+        "",
+        *_table(
+            ["metric", "value", "min", "max", "met"],
+            [[gate.metric, gate.value, gate.min, gate.max, "yes" if gate.passed else f"no ({gate.action})"] for gate in result.gates],
+        ),
+        "",
+        "## Parity with the model before it",
+        "",
+        *_table(["transition", *shown], [[step["name"], *(step[name] for name in shown)] for step in parity]),
+        "",
+    ]
+
+
+def _table(head: list[str], rows: list[list[object]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *([_cell(value) for value in row] for row in rows)]]
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _license(base: Path) -> str | None:
+    """What the base's own card says; None where it has none or says nothing."""
+    path = base / "README.md"
+    if not path.is_file():
+        return None
+    try:
+        return ModelCard.load(path).data.to_dict().get("license")
+    except (ValueError, OSError):
+        return None
