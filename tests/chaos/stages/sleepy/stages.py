@@ -69,7 +69,11 @@ def quantize(config: QuantizeConfig, *, workdir: Path, progress: Progress) -> Qu
 def evaluate(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> EvaluateResult:
     """Every metric is 0.5; the gates are judged for real."""
     gates = [
-        GateResult(**gate.model_dump(), value=0.5, passed=(gate.min is None or gate.min <= 0.5) and (gate.max is None or gate.max >= 0.5))
+        GateResult(
+            **gate.model_dump(exclude={"optional"}),
+            value=0.5,
+            passed=(gate.min is None or gate.min <= 0.5) and (gate.max is None or gate.max >= 0.5),
+        )
         for gate in config.gates
     ]
     missed = [gate.action for gate in gates if not gate.passed]
