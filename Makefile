@@ -51,8 +51,8 @@ lint:
 types:
 	@$(BIN)/pyright
 
-unit:
-	@$(BIN)/python -m pytest -m "not gpu and not containers" $(ARGS)
+unit: # two processes: a file's tests stay together, since many share a trained model or a server
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not containers" $(ARGS)
 
 k8s-check: setup-dev ## Render the Kubernetes manifests and check them: schemas, rules, references, the code (needs kustomize or kubectl)
 	@$(BIN)/python scripts/k8s_check.py
