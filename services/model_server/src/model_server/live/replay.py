@@ -26,7 +26,8 @@ _NEUTRAL = {
 }
 """What vLLM samples with where neither request nor ``generation_config.json`` says anything (its ``_DEFAULT_SAMPLING_PARAMS``)."""
 _DRAWS = {"n": 4, "max_tokens": 16, "seed": 0, "ignore_eos": True, "return_token_ids": True}
-"""Four answers of 16 tokens, which the seed makes the same ones every time."""
+"""Four answers of 16 tokens, which the seed makes the same ones every time that they are computed in the same batches."""
+_TRIES = 5
 
 
 def measure(endpoint: Endpoint, expected: Expectations, *, model_path: Path, progress: Progress) -> dict[str, float]:
@@ -118,7 +119,8 @@ def _default_sampling(endpoint: Endpoint, expected: Expectations, model_path: Pa
     named = {name: value for name in _NEUTRAL if (value := expected.generation_config.get(name)) is not None}
     start = expected.probes[0].prompt_ids[:1]  # nearly nothing to go on: the likeliest tokens are close, and the defaults decide
     draws = {**_DRAWS, "prompt": start}
-    same_draws = _written(endpoint, draws) == _written(endpoint, {**_NEUTRAL, **named, **draws})
+    # which answers share a step of the engine is chance, and rounding with it: one equal pair is enough, and other defaults give none
+    same_draws = any(_written(endpoint, draws) == _written(endpoint, {**_NEUTRAL, **named, **draws}) for _ in range(_TRIES))
     return {"parity.live.generation_config": float(same_file and same_draws)}
 
 
