@@ -94,6 +94,9 @@ def build_environment(settings: ModelServerSettings, *, scratch: Path, log_confi
     )
     if settings.cpu:
         environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores())
+        # eager throughout: vLLM compiles how it counts log-probabilities even so, and without a C++ compiler the first request for them
+        # would kill the engine
+        environment.setdefault("TORCHDYNAMO_DISABLE", "1")
         environment.pop("OMP_NUM_THREADS", None)
     return environment
 
