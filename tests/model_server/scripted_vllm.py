@@ -1,13 +1,14 @@
 """Stands in for ``vllm serve``: answers ``/health`` and the trial question under the name it was started with.
 
 Beside the model's ``config.json`` it leaves a file ``started`` (one line per start) and ``asked`` (the trial question has come); as
-long as there is a file ``hold`` the question stays unanswered.
+long as there is a file ``hold`` the question stays unanswered, and with a file ``die`` the list of models ends it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,6 +26,9 @@ def main() -> None:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path == "/v1/models" and (given.model / "die").exists():
+                print("RuntimeError: out of luck", flush=True)
+                os._exit(3)
             self._answer({})
 
         def do_POST(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +13,13 @@ import pytest
 from fastapi.testclient import TestClient
 
 from model_server.app import create_app
+from model_server.deploy import run
+from parampara.errors import InvalidRequest
+from parampara.progress import SilentProgress
+from parampara.schemas.stages import DeployConfig, DeployParams
 from parampara.settings import ModelServerSettings, Settings
 from tests.conftest import free_port
+from tests.contracts.servers import served
 
 VLLM = [sys.executable, str(Path(__file__).with_name("scripted_vllm.py"))]
 
@@ -155,3 +161,25 @@ def test_a_second_alias_that_is_rejected_leaves_the_model_that_is_served_alone(c
     report = judge(client, model, generation=7, alias="second", accepted=False).json()
     assert (report["status"], report["serving"]) == ("failed", "ft:tiny:model")
     assert (model / "started").read_text().count("\n") == 1
+
+
+def test_a_vllm_that_dies_while_it_is_measured_is_a_failed_deployment_and_no_crash(tmp_path: Path) -> None:
+    """The stage would be started again and again for a model that kills the server each time."""
+    model, evaluation = make_model(tmp_path, "model"), tmp_path / "evaluation"
+    evaluation.mkdir()
+    shutil.copyfile(Path(__file__).with_name("recorded") / "expected_base.json", evaluation / "expectations.json")
+    (model / "die").touch()
+    server = ModelServerSettings(vllm_command=VLLM, vllm_port=free_port(), cpu=True)
+    with served(create_app(Settings(home=tmp_path / "home", model_server=server))) as url:
+        config = DeployConfig(
+            artifact_id="sha256:1",
+            model_path=model,
+            model_name="ft:tiny:model",
+            alias="kp",
+            generation=1,
+            model_server_url=url,
+            evaluation=evaluation,
+            params=DeployParams(alias="kp"),
+        )
+        with pytest.raises(InvalidRequest, match=r"vLLM died while ft:tiny:model was measured: .*exit code 3: RuntimeError: out of luck"):
+            run(config, workdir=tmp_path, progress=SilentProgress())

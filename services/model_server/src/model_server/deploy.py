@@ -23,6 +23,7 @@ from parampara.schemas.stages import DeployConfig, DeployResult, Gate, GateResul
 
 POLL_SECONDS = 1.0
 _UNREACHABLE_SECONDS = 60.0
+_NOTICED_SECONDS = 15.0
 
 
 def run(config: DeployConfig, *, workdir: Path, progress: Progress) -> DeployResult:
@@ -80,10 +81,25 @@ def _measure(client: httpx.Client, config: DeployConfig, expected: Expectations,
     try:
         return replay.measure(endpoint, expected, model_path=config.model_path, progress=progress)
     except Unavailable:
-        report = client.get("/deployment").json()
-        if report["status"] == "failed" and not _replaced(report, config):
+        report = _report_after(client)
+        if report is not None and report["status"] == "failed" and not _replaced(report, config):
             raise InvalidRequest(f"vLLM died while {config.model_name} was measured: {report['error']}", code="deployment_failed") from None
         raise
+
+
+def _report_after(client: httpx.Client) -> dict | None:
+    """What the model server says of a vLLM that has stopped answering, once it has noticed; None when it says nothing itself."""
+    report: dict | None = None
+    deadline = time.monotonic() + _NOTICED_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            report = client.get("/deployment").json()
+        except (httpx.HTTPError, ValueError):
+            return None
+        if report is None or report["status"] != "ready":
+            return report
+        _pause()
+    return report
 
 
 def _judge(client: httpx.Client, config: DeployConfig, results: Sequence[GateResult], decision: gates.Decision) -> None:
