@@ -182,7 +182,9 @@ def _none_kept(params: QuantizeParams, attempts: list[SchemeAttempt]) -> Invalid
     told = "; ".join(f"{attempt.scheme}: {attempt.reason}" for attempt in attempts)
     measured = any(attempt.kl is not None for attempt in attempts)
     within = f" and stay within params.max_degradation ({params.max_degradation:.2%})" if measured else ""
-    return InvalidRequest(f"No scheme of params.schemes could run{within}. {told}", param="params.schemes", code="no_scheme_ran")
+    advice = " Add a scheme (docs/quantization.md says which there are), or raise params.max_degradation if that loss is acceptable."
+    message = f"No scheme of params.schemes could run{within}.{advice if measured else ''} {told}"
+    return InvalidRequest(message, param="params.schemes", code="no_scheme_ran")
 
 
 def _finite(attempt: SchemeAttempt) -> dict[str, float]:

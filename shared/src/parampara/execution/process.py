@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from parampara.db.storable import storable
@@ -19,15 +20,15 @@ _TAIL_LINES = 200
 _TAIL_BYTES = 32_768
 
 
-class StageProcess:
+class StageProcess(ABC):
     """A running stage, wherever it was started; leader of a session of its own."""
 
     def __init__(self, pid: int, log: Path) -> None:
         self.pid, self.log = pid, log
 
+    @abstractmethod
     def wait(self, seconds: float) -> int | None:
         """Exit code (-N: killed by signal N), or None when it still runs after ``seconds``."""
-        raise NotImplementedError
 
     def ask_to_stop(self) -> None:
         """SIGTERM to the stage alone: its helpers must live on until it has written its checkpoint."""
