@@ -1,35 +1,26 @@
-"""Checkpoints at the shape of Llama 3.1 8B, with random weights: what a bench reads, made in the memory of a few chunks."""
+"""Checkpoints of Llama's shapes with random weights: what a bench reads, made in the memory of a few chunks."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "dtype": "bfloat16",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
-}
+LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
 POOL = 1 << 26
 """Random numbers drawn; tensors are cut from them at other places, since drawing billions would take longer than a bench."""
 
 
-def make_model(directory: Path, *, layers: int = 32, seed: int = 0, deviation: float = 0.02) -> None:
-    """Write one BF16 file of ``layers`` layers with normal weights, and a config.json."""
+def make_model(directory: Path, config: dict[str, int], *, seed: int = 0, deviation: float = 0.02) -> None:
+    """Write one BF16 file with normal weights, and a config.json. ``config`` is ``LLAMA_8B`` or like it, with ``num_hidden_layers``."""
     import torch
 
     from parampara.weights.tensor_files import Planned, ShardWriter
 
     directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}), encoding="utf-8")
+    full = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False, "dtype": "bfloat16", **config}
+    (directory / "config.json").write_text(json.dumps(full), encoding="utf-8")
     pool = torch.randn(POOL, generator=torch.Generator().manual_seed(seed)).mul_(deviation).bfloat16()
-    plan = [Planned(name, torch.bfloat16, shape) for name, shape in shapes(layers).items()]
+    plan = [Planned(name, torch.bfloat16, shape) for name, shape in shapes(config).items()]
     offset = 0
     with ShardWriter(directory / "model.safetensors", plan) as writer:
         for tensor in plan:
@@ -44,14 +35,15 @@ def make_model(directory: Path, *, layers: int = 32, seed: int = 0, deviation: f
             offset = (offset + 7919) % POOL
 
 
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+def shapes(config: dict[str, int]) -> dict[str, tuple[int, ...]]:
     """Every tensor's name and shape, in the order of the published files."""
-    hidden, wide = 4096, 14336
-    made: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (128256, hidden)}
-    for layer in range(layers):
+    hidden, wide = config["hidden_size"], config["intermediate_size"]
+    shared = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
+    made: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
-        made |= {f"{prefix}.self_attn.{name}_proj.weight": (hidden if name in "qo" else 1024, hidden) for name in "qkvo"}
+        made |= {f"{prefix}.self_attn.{name}_proj.weight": (hidden if name in "qo" else shared, hidden) for name in "qkvo"}
         made |= {f"{prefix}.mlp.{name}_proj.weight": (wide, hidden) for name in ("gate", "up")}
         made[f"{prefix}.mlp.down_proj.weight"] = (hidden, wide)
         made |= {f"{prefix}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
-    return {**made, "model.norm.weight": (hidden,), "lm_head.weight": (128256, hidden)}
+    return {**made, "model.norm.weight": (hidden,), "lm_head.weight": (config["vocab_size"], hidden)}

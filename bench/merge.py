@@ -20,19 +20,16 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# No torch here: a child counts the memory of the process that it was started from as its own peak.
+from arms import goals_table, run
+from llama import LLAMA_8B, make_model, shapes
 
-LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
 SMALL = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 4096}
 RANK, ALPHA, ADAPTERS = 16, 32, 2
 GOALS = {"rss_gib": 1.0, "cpu_ratio": 0.5, "wall_ratio": 1.5, "kl_ratio": 1 / 50}
@@ -46,10 +43,10 @@ def main() -> int:
     options.workdir.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="merge-", dir=options.workdir))
     try:
-        _usage("make", work, options)
+        _run("make", work, options)
         figures = {arm: _measured(arm, work, options) for arm in ("copy", "ours", "peft")}
         shutil.rmtree(work / "base")
-        _usage("divergence", work, options)
+        _run("divergence", work, options)
         print(_report(options, figures, json.loads((work / "divergence.json").read_text(encoding="utf-8"))))
     finally:
         if not options.keep:
@@ -68,20 +65,9 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _spawn(arm: str, work: Path, options: argparse.Namespace) -> subprocess.Popen:
+def _run(arm: str, work: Path, options: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, __file__, "--arm", arm, "--workdir", str(work), "--layers", str(options.layers), "--seed", str(options.seed)]
-    command += ["--threads", str(options.threads)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    return subprocess.Popen(command, env=environment)
-
-
-def _usage(arm: str, work: Path, options: argparse.Namespace) -> resource.struct_rusage:
-    process = _spawn(arm, work, options)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"arm {arm} failed")
-    return usage
+    return run([*command, "--threads", str(options.threads)], threads=options.threads)
 
 
 def _measured(arm: str, work: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -89,61 +75,16 @@ def _measured(arm: str, work: Path, options: argparse.Namespace) -> dict[str, fl
         with shard.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    started = time.monotonic()
-    usage = _usage(arm, work, options)
-    wall = time.monotonic() - started
+    figures = _run(arm, work, options)
     shutil.rmtree(work / arm, ignore_errors=True)
-    return {"rss_gib": usage.ru_maxrss / 2**20, "cpu": usage.ru_utime + usage.ru_stime, "wall": wall}
+    return figures
 
 
 def _make(work: Path, options: argparse.Namespace) -> None:
     """A bfloat16 base of ``--layers`` layers and two adapters trained, so it is recorded, one after the other."""
     config = {**LLAMA_8B, "num_hidden_layers": options.layers}
-    _make_model(work / "base", config, options.seed, deviation=0.02)
+    make_model(work / "base", config, seed=options.seed)
     _make_adapters(work, config, options.seed)
-
-
-def _make_model(directory: Path, config: dict[str, int], seed: int, *, deviation: float) -> None:
-    import torch
-
-    from parampara.weights.tensor_files import Planned, ShardWriter
-
-    directory.mkdir(parents=True)
-    full = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False, "dtype": "bfloat16", **config}
-    (directory / "config.json").write_text(json.dumps(full), encoding="utf-8")
-    plan = [Planned(name, torch.bfloat16, shape) for name, shape in _shapes(config).items()]
-    # one pool of random values, read from another place for each tensor: drawing billions would take longer than the bench
-    pool = torch.randn(1 << 26, generator=torch.Generator().manual_seed(seed)).mul_(deviation).bfloat16()
-    offset = 0
-    with ShardWriter(directory / "model.safetensors", plan) as writer:
-        for tensor in plan:
-            left = tensor.bytes // 2
-            if len(tensor.shape) == 1:
-                writer.write(torch.ones(tensor.shape, dtype=torch.bfloat16))
-                continue
-            while left:
-                take = min(left, pool.numel() - offset)
-                writer.write(pool[offset : offset + take])
-                left, offset = left - take, (offset + take) % pool.numel()
-            offset = (offset + 7919) % pool.numel()
-
-
-def _shapes(config: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    hidden, wide = config["hidden_size"], config["intermediate_size"]
-    shared = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
-    for layer in range(config["num_hidden_layers"]):
-        for name, shape in _projections(hidden, wide, shared).items():
-            shapes[f"model.layers.{layer}.{name}.weight"] = shape
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"model.layers.{layer}.{name}.weight"] = (hidden,)
-    return {**shapes, "model.norm.weight": (hidden,), "lm_head.weight": (config["vocab_size"], hidden)}
-
-
-def _projections(hidden: int, wide: int, shared: int) -> dict[str, tuple[int, int]]:
-    attention = {"q_proj": (hidden, hidden), "k_proj": (shared, hidden), "v_proj": (shared, hidden), "o_proj": (hidden, hidden)}
-    mlp = {"gate_proj": (wide, hidden), "up_proj": (wide, hidden), "down_proj": (hidden, wide)}
-    return {**{f"self_attn.{k}": v for k, v in attention.items()}, **{f"mlp.{k}": v for k, v in mlp.items()}}
 
 
 def _make_adapters(work: Path, config: dict[str, int], seed: int) -> None:
@@ -158,13 +99,13 @@ def _make_adapters(work: Path, config: dict[str, int], seed: int) -> None:
         directory = work / f"adapter{position}"
         directory.mkdir()
         tensors = {}
-        for name, shape in _shapes(config).items():
+        for name, shape in shapes(config).items():
             if "_proj" in name:
                 stem = f"base_model.model.{name.removesuffix('.weight')}"
                 tensors[f"{stem}.lora_A.weight"] = torch.randn(RANK, shape[1], generator=generator) * shape[1] ** -0.5
                 tensors[f"{stem}.lora_B.weight"] = torch.randn(shape[0], RANK, generator=generator) * 0.01
         save_file(tensors, str(directory / "adapter_model.safetensors"))
-        modules = sorted({name.split(".")[-2] for name in _shapes(config) if "_proj" in name})
+        modules = sorted({name.split(".")[-2] for name in shapes(config) if "_proj" in name})
         adapter = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": modules, "task_type": "CAUSAL_LM"}
         (directory / "adapter_config.json").write_text(json.dumps(adapter), encoding="utf-8")
         record = {"base_sha256": base_sha256, "lineage": {"base_sha256": base_sha256, "adapters": before.copy()}}
@@ -183,12 +124,12 @@ def _copy(work: Path, options: argparse.Namespace) -> None:
 
 
 def _ours(work: Path, options: argparse.Namespace) -> None:
-    from merger.merge import run
+    from merger.merge import run as merge
     from parampara.progress import SilentProgress
     from parampara.schemas.stages import MergeConfig
 
     config = MergeConfig(model=work / "base", adapters=[work / f"adapter{position}" for position in range(ADAPTERS)])
-    run(config, workdir=work / "ours", progress=SilentProgress())
+    merge(config, workdir=work / "ours", progress=SilentProgress())
 
 
 def _peft(work: Path, options: argparse.Namespace, *, dtype: str = "auto") -> None:
@@ -211,7 +152,7 @@ def _divergence(work: Path, options: argparse.Namespace) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     small, config = work / "small", {**SMALL, "num_hidden_layers": 8}
-    _make_model(small / "base", config, options.seed, deviation=0.05)
+    make_model(small / "base", config, seed=options.seed, deviation=0.05)
     _make_adapters(small, config, options.seed)
     reference = {name: tensor.double() for name, tensor in load_file(str(small / "base" / "model.safetensors")).items()}
     for position in range(ADAPTERS):
@@ -268,9 +209,7 @@ def _report(options: argparse.Namespace, figures: dict[str, dict[str, float]], k
         "|---|---|",
         *(f"| {name} | {value:.2e} |" for name, value in kl.items()),
         "",
-        "| ours | measured | goal at most | |",
-        "|---|---|---|---|",
-        *(f"| {name} | {value:.4g} | {goal:g} | {'met' if value <= goal else 'missed'} |" for name, (value, goal) in ratios.items()),
+        *goals_table(ratios),
     ]
     return "\n".join(lines)
 
