@@ -29,6 +29,8 @@ ENV = ROOT / ".env"
 SECRETS = ("POSTGRES_PASSWORD", "REDIS_PASSWORD", "PARAMPARA_KEY_PEPPER")
 KEY_FILE = "/var/lib/parampara/api-key"
 UP_SECONDS = 1200
+PROJECT = "parampara"
+"""The name in compose.yaml."""
 
 
 class DemoFailed(Exception):
@@ -41,6 +43,8 @@ def main() -> int:
         print(f"{'skipped' if arguments.skip_without_engine else 'compose-demo failed'}: {fault}", file=sys.stderr)
         return 0 if arguments.skip_without_engine else 1
     try:
+        if not ENV.exists():
+            require_no_volumes()
         if write_env(ENV):
             print(f"wrote {ENV.name} with random secrets", flush=True)
         up()
@@ -84,6 +88,23 @@ def write_env(path: Path) -> bool:
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
     return True
+
+
+def require_no_volumes() -> None:
+    """No earlier stack of this name has left data behind: a database keeps the password that it was made with, and new ones do not open it.
+
+    Raises:
+        DemoFailed: it has, and its ``.env`` is not here; said before anything is built.
+    """
+    project = os.environ.get("COMPOSE_PROJECT_NAME", PROJECT)
+    label = f"label=com.docker.compose.project={project}"
+    found = subprocess.run(["docker", "volume", "ls", "--quiet", "--filter", label], capture_output=True, text=True, check=False)
+    if volumes := found.stdout.split():
+        raise DemoFailed(
+            f"there is no .env here, but volumes of an earlier stack are: {', '.join(sorted(volumes))}. Their data opens only with the"
+            f" passwords of the .env that it was made with: put that file back, or delete what that stack made with"
+            f" `docker compose --project-name {project} --env-file .ci/compose.env down --volumes`."
+        )
 
 
 def require_port() -> None:

@@ -22,7 +22,10 @@ ENDED = ("succeeded", "failed", "cancelled")
 
 
 class Stack:
-    """One project of `docker compose`; images are built once and shared with every other project."""
+    """One project of `docker compose`; images are built once and shared with every other project.
+
+    Whatever an interrupted run has left under the project's name is removed first: its volumes know other passwords.
+    """
 
     def __init__(self, project: str, *, port: int, folder: Path, overrides: Sequence[Path] = ()) -> None:
         self.project = project
@@ -32,6 +35,7 @@ class Stack:
         files = [ROOT / "compose.yaml", *overrides]
         self._command = ["docker", "compose", *(word for file in files for word in ("--file", str(file)))]
         self._command += ["--project-name", project, "--env-file", str(self.env_file)]
+        self.down()
 
     def compose(self, *arguments: str, check: bool = True, timeout: float = 600, **variables: str) -> subprocess.CompletedProcess[str]:
         """One call; ``variables`` stand above the env file, as a shell's would."""
@@ -45,7 +49,11 @@ class Stack:
 
     def up(self, *services: str, check: bool = True, wait: int = 600, **variables: str) -> subprocess.CompletedProcess[str]:
         arguments = ("up", "--detach", "--no-build", "--wait", "--wait-timeout", str(wait), *services)
-        return self.compose(*arguments, check=check, timeout=wait + 60, **variables)
+        done = self.compose(*arguments, check=False, timeout=wait + 60, **variables)
+        if check and done.returncode != 0:
+            logs = self.compose("logs", "--no-color", "--tail", "20", check=False).stdout
+            raise AssertionError(f"docker compose {' '.join(arguments)}:\n{done.stderr[-2000:]}\n{logs}")
+        return done
 
     def down(self) -> None:
         self.compose("down", "--volumes", "--remove-orphans", "--timeout", "10", check=False)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +13,7 @@ import pytest
 
 from standalone.submitting import upload_all
 from tests.conftest import free_port
-from tests.containers.stack import ENDED, SECRETS, Stack, quick_recipe, until
+from tests.containers.stack import ENDED, ROOT, SECRETS, Stack, quick_recipe, until
 
 HERE = Path(__file__).parent
 FILLER = "/var/lib/parampara/artifacts/filler"
@@ -24,6 +28,37 @@ def test_a_missing_secret_is_named_before_anything_starts(missing: str, tmp_path
     assert done.returncode != 0
     assert f"set {missing} in .env" in done.stderr
     assert stack.compose("ps", "--all", "--quiet", **{missing: "x"}).stdout == ""
+
+
+def test_volumes_without_their_env_file_are_named_before_anything_is_built(tmp_path: Path) -> None:
+    """A database keeps the password it was made with: a new `.env` beside old volumes would only make every service fail."""
+    project, volume = "parampara-left", "parampara-left_postgres"
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts/compose_demo.py", tmp_path / "scripts")
+    shutil.copy(ROOT / ".env.example", tmp_path)
+    _docker("volume", "create", "--label", f"com.docker.compose.project={project}", volume)
+    try:
+        command = [sys.executable, str(tmp_path / "scripts/compose_demo.py")]
+        environment = {**os.environ, "COMPOSE_PROJECT_NAME": project}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert volume in done.stderr
+        assert f"docker compose --project-name {project}" in done.stderr
+        assert not (tmp_path / ".env").exists()
+    finally:
+        _docker("volume", "rm", volume)
+
+
+@pytest.mark.timeout(300)
+def test_a_stack_for_tests_starts_whatever_an_interrupted_run_left(tmp_path: Path) -> None:
+    for name in ("interrupted", "later"):
+        (tmp_path / name).mkdir()
+        stack = Stack("parampara-again", port=free_port(), folder=tmp_path / name)  # the second has other passwords
+        stack.up("postgres", wait=120)
+    try:
+        stack.compose("run", "--rm", "--no-TTY", "migrate")
+    finally:
+        stack.down()
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +135,7 @@ def test_a_full_volume_fails_the_stage_by_name_and_a_retry_goes_on_when_there_is
         stack.down()
 
 
-def _docker(*arguments: str):
-    import subprocess
-
+def _docker(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
 
 
