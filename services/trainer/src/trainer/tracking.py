@@ -12,7 +12,8 @@ from pathlib import Path
 from parampara.errors import InvalidRequest
 from parampara.schemas.stages import Tracker, Tracking
 
-_MODULES: dict[Tracker, tuple[str, ...]] = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
+_MODULES: dict[Tracker, tuple[str, ...]] = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
+"""What each needs, by its name in the registry too; one of them is enough."""
 
 
 def prepare(tracking: Tracking, *, directory: Path, run: str) -> None:
@@ -27,7 +28,7 @@ def prepare(tracking: Tracking, *, directory: Path, run: str) -> None:
     for name in tracking.report_to:
         if not any(importlib.util.find_spec(module) for module in _MODULES[name]):
             raise InvalidRequest(
-                f"tracking.report_to names {name}, which is not installed here; take it out, or: pip install 'parampara-trainer[{name}]'.",
+                f"tracking.report_to names {name}, which is not installed here; take it out, or: pip install {_MODULES[name][0]}.",
                 param="tracking.report_to",
             )
         (directory / name).mkdir(parents=True, exist_ok=True)

@@ -213,7 +213,7 @@ class Tracking(Strict):
     """Where else the curves go; the run's own record (metrics.jsonl, events, checkpoints) is always there."""
 
     report_to: list[Tracker] = []
-    """Each needs its library where the trainer runs: ``pip install 'parampara-trainer[tensorboard]'``, ``[wandb]``, ``[mlflow]``."""
+    """Each needs its library where the trainer runs: ``pip install tensorboardX``, ``wandb``, ``mlflow``."""
     project: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")] = "parampara"
     """Project of W&B, experiment of MLflow."""
 
