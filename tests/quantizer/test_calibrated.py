@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -16,12 +15,8 @@ from parampara.progress import SilentProgress
 from parampara.schemas.stages import QuantizeConfig, QuantizeParams
 from quantizer.backends import SchemeUnavailable, calibrated
 from quantizer.quantize import run
+from tests.quantizer.llmcompressor import PYTHON, needs_llmcompressor
 from tests.quantizer.trained import make_trained
-
-PYTHON = Path(os.environ.get("LLMCOMPRESSOR_PYTHON") or Path(__file__).parents[2] / ".venv-llmcompressor" / "bin" / "python")
-needs_llmcompressor = pytest.mark.skipif(
-    not PYTHON.is_file(), reason="no llm-compressor here: python3 scripts/setup.py --only llmcompressor"
-)
 
 
 @pytest.fixture(scope="module")

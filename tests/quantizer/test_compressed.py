@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -21,6 +23,7 @@ from quantizer.backends import SchemeUnavailable
 from quantizer.backends.compressed import CHUNK_ELEMENTS, StreamedScheme, linear_layers, write
 from quantizer.quantize import run
 from tests.compressed import SCHEME
+from tests.quantizer.llmcompressor import PYTHON, needs_llmcompressor
 from tests.tiny_models import make_model
 
 SCHEMES: tuple[StreamedScheme, ...] = get_args(StreamedScheme)
@@ -234,3 +237,30 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 def resident(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+LLM_COMPRESSOR = """
+import sys
+from llmcompressor import model_free_ptq
+model_free_ptq(sys.argv[1], sys.argv[2], scheme=sys.argv[3], ignore=["re:.*lm_head$", "re:.*embed_tokens$"], max_workers=1, device="cpu")
+"""
+
+
+@needs_llmcompressor
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("scheme", "preset"), [("w8a8", "W8A8"), ("fp8", "FP8_DYNAMIC")])
+def test_in_its_rounding_the_weights_are_llm_compressor_s_bit_for_bit(
+    tmp_path: Path, scheme: StreamedScheme, preset: str, dtype: str
+) -> None:
+    model = make_model(tmp_path / "model", dtype=dtype)
+    peer, environment = tmp_path / "peer", {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [str(PYTHON), "-I", "-c", LLM_COMPRESSOR, str(model), str(peer), preset]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    write(model, tmp_path / "ours", scheme=scheme, progress=SilentProgress(), rounding="llm-compressor")
+    ours, theirs = tensors_of(tmp_path / "ours"), tensors_of(peer)
+    assert ours.keys() == theirs.keys()
+    assert len([name for name in ours if name.endswith("_scale")]) == PROJECTIONS
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype, name
+        assert torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8)), name
