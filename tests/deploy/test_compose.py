@@ -20,6 +20,7 @@ from parampara.settings import Settings
 from tests.deploy.conftest import Variable
 from tests.deploy.deployment_files import ROOT, instructions, substituted, substitutions
 
+HOME = "/var/lib/parampara"
 SECRETS = {"POSTGRES_PASSWORD": "pw1", "REDIS_PASSWORD": "pw2", "PARAMPARA_KEY_PEPPER": "pepper"}
 HTTP_SERVICES = {"gateway": "gateway", "control-plane": "control_plane", "embedder": "embedder", "model-server": "model_server"}
 """Compose service to the settings section that holds its port."""
@@ -251,6 +252,17 @@ def test_build_arguments_exist_in_the_dockerfiles(compose: Compose) -> None:
     for name, service in ours(compose).items():
         known = {rest.split("=")[0] for instruction, rest in instructions(dockerfile_of(service)) if instruction == "ARG"}
         assert set(service["build"].get("args", {})) <= known, name
+
+
+def test_one_container_fills_a_shared_home_before_the_others_are_created(compose: Compose) -> None:
+    """Docker copies an image's folders into an empty volume for every container that mounts it; two at once can fail."""
+    services = ours(compose)
+    mounts = [(name, *mount.split(":")) for name, service in services.items() for mount in service.get("volumes", [])]
+    homes = {name: volume for name, volume, target, *_ in mounts if target == HOME}
+    for volume in set(homes.values()):
+        sharing = {name for name, home in homes.items() if home == volume}
+        first = [name for name in sharing if all(other == name or name in services[other]["depends_on"] for other in sharing)]
+        assert len(first) == 1, (volume, sharing)
 
 
 def test_redis_keeps_messages_and_refuses_instead_of_evicting(compose: Compose) -> None:
