@@ -67,7 +67,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(
 ) -> None:
     monkeypatch.setitem(tracking._MODULES, "mlflow", ("a_library_that_nobody_installs",))
     config = sft_config(base, qa).model_copy(update={"tracking": Tracking(report_to=["mlflow"])})
-    with pytest.raises(InvalidRequest, match=r"report_to names mlflow, .* pip install 'parampara-trainer\[mlflow\]'") as caught:
+    with pytest.raises(InvalidRequest, match=r"report_to names mlflow, .* pip install a_library_that_nobody_installs") as caught:
         sft.run(config, workdir=tmp_path, progress=SilentProgress())
     assert caught.value.param == "tracking.report_to"
 
