@@ -2,12 +2,12 @@
 
     python bench/train.py [--rounds 3] [--steps 64] [--scale 0.25] [--arms ours trl trl-packed]
 
-Every arm trains the same LoRA on the same tiny Llama from the same start, on the same rows, each once, 16 in an optimizer step
-(packing makes its own), in a process of its own; rounds are interleaved. TRL draws rows at random; ours lays rows of similar length
-together. Row lengths are drawn from a log-normal distribution with a mean of about 350 tokens and at most 2048, times ``--scale``; a
-useful token is one that is no padding. What is measured is ``train()``: loading and importing are left out. The loss is that of held-out
-rows after training, so that a faster arm that learns less is seen. Where CUDA is there, a padded and a packed arm with Liger kernels run
-too, and the rate is set beside what plain matrix products reach in the same run.
+Every arm trains the same LoRA on the same tiny Llama from the same start, on the same rows, each once, 16 in an optimizer step (packing
+makes its own), in a process of its own; rounds are interleaved. TRL gets the rows in the order of our steps, a random one, so that the
+losses of each step can be compared. Row lengths are drawn from a log-normal distribution with a mean of about 350 tokens and at most
+2048, times ``--scale``; a useful token is one that is no padding. What is measured is ``train()``: loading and importing are left out.
+The loss is that of held-out rows after training, so that a faster arm that learns less is seen. Where CUDA is there, a padded and a
+packed arm with Liger kernels run too, and the rate is set beside what plain matrix products reach in the same run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from datasets import Dataset
+from torch.utils.data import SequentialSampler
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from parampara.progress import SilentProgress
 from parampara.schemas.stages import SftConfig
@@ -43,11 +43,13 @@ from trainer.backends import choose
 from trainer.building import build_trainer, load_model
 from trainer.checkpoints import CheckpointStore
 from trainer.engine import library_versions, load_tokenizer
+from trainer.layout import Layout
 from trainer.loop import RunContext
-from trainer.plan import plan_batches
+from trainer.plan import Plan
 from trainer.precision import choose_hardware
 from trainer.rows import IGNORED, StageData, TokenRow
 from trainer.speed import Speedometer
+from trainer.steps import fit_layout, plan_steps
 from trainer.validation import mean_loss
 
 BATCH, ACCUMULATION = 4, 4
@@ -107,7 +109,8 @@ def report(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace
         print(f"| {name} | {statistics.median(rates):,.0f} ({spread}) | {runs[0]['efficiency']:.3f} | {runs[0]['loss']:.4f} |")
     if {"ours", "trl"} <= set(results):
         ours, plain = (statistics.median(run["tokens"] / run["seconds"] for run in results[name]) for name in ("ours", "trl"))
-        print(f"\nours / trl: {ours / plain:.2f}x")
+        pairs = zip(results["ours"][0]["losses"], results["trl"][0]["losses"], strict=True)
+        print(f"\nours / trl: {ours / plain:.2f}x; greatest difference of the loss of a step: {max(abs(a - b) for a, b in pairs):.1e}")
     if unit == "second":
         print(f"matrix products in bfloat16: {matmul_rate() / 1e12:.1f} TFLOP/s; a token costs about 6 x parameters FLOP here")
 
@@ -164,15 +167,18 @@ def configuration(options: argparse.Namespace) -> Any:
 class Start:
     """What every arm begins with."""
 
-    config: Any
+    config: SftConfig
     choice: Any
     hardware: Any
     model: Any
     tokenizer: Any
-    data: Any
+    data: StageData
+    layout: Layout
+    plan: Plan
 
-    def validation_loss(self, model: Any, collate: Callable[[list[Any]], Any]) -> float:
-        return mean_loss(model, self.data.validation, collate=collate, hardware=self.hardware, stopped=lambda: False)
+    def validation_loss(self, model: Any) -> float:
+        padded = replace(self.layout, kind="padded", learnt_only=False)  # which every arm's attention reads alike
+        return mean_loss(model, self.data.validation, layout=padded, hardware=self.hardware, stopped=lambda: False)
 
 
 def prepare(options: argparse.Namespace) -> Start:
@@ -182,24 +188,16 @@ def prepare(options: argparse.Namespace) -> Start:
     model, tokenizer = load_model(config, choice, hardware), load_tokenizer(config.model)
     rows = make_rows(options)
     data = StageData(train=rows[: -options.held_out], validation=rows[-options.held_out :], facts={})
-    return Start(config, choice, hardware, model, tokenizer, data)
+    layout = fit_layout(config, choice=choice, hardware=hardware, model=model, tokenizer=tokenizer)
+    return Start(config, choice, hardware, model, tokenizer, data, layout, plan_steps(config, data, layout))
 
 
 # ---------------------------------------------------------------------------------------------------------------- the arms
 
 
 def ours(options: argparse.Namespace) -> dict[str, Any]:
-    """The stage's own plan, loop and collator."""
+    """The stage's own plan, layout and loop."""
     begun = prepare(options)
-    train = begun.config.params.train
-    plan = plan_batches(
-        [len(row.input_ids) for row in begun.data.train],
-        batch_size=BATCH,
-        accumulation=ACCUMULATION,
-        epochs=1,
-        max_steps=options.steps,
-        seed=options.seed,
-    )
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder)
         trainer = build_trainer(
@@ -209,30 +207,34 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
             model=begun.model,
             tokenizer=begun.tokenizer,
             data=begun.data,
-            plan=plan,
+            plan=begun.plan,
             workdir=workdir,
         )
         run = RunContext(
-            plan=plan,
+            plan=begun.plan,
+            rows=begun.data.train,
+            layout=begun.layout,
             store=CheckpointStore(workdir / "checkpoints", facts={}, keep=2),
             progress=SilentProgress(),
             metrics_path=workdir / "metrics.jsonl",
             stopped=lambda: False,
-            validate=lambda model: begun.validation_loss(model, trainer.data_collator),
-            train=train,
+            validate=begun.validation_loss,
+            train=begun.config.params.train,
             speed=Speedometer.of(begun.model, hardware=begun.hardware, machine=begun.config.machine),
         )
         trainer.start(run)
         measured = measure(trainer.train)
         after = run.validate(trainer.model)
-    return {**measured, "tokens": run.ledger.tokens, "efficiency": run.ledger.tokens / run.ledger.positions, "loss": after}
+    ledger = run.ledger
+    return {**measured, "tokens": ledger.tokens, "efficiency": ledger.tokens / ledger.positions, "losses": ledger.losses, "loss": after}
 
 
 def trl(options: argparse.Namespace, *, packed: bool = False, liger: bool = False) -> dict[str, Any]:
-    """SFTTrainer as its documentation shows it: its collator, its loop, its random order."""
+    """SFTTrainer as its documentation shows it: its collator, its loop, its attention; the rows in the order of our steps."""
     begun = prepare(options)
+    begun.model.get_base_model().set_attn_implementation("sdpa")
     train = begun.config.params.train
-    rows = begun.data.train
+    rows = [begun.data.train[row] for step in begun.plan for row in step]
     tokens = sum(len(row.input_ids) for row in rows)
     blocks_per_step = max(1, round(tokens / options.steps / train.max_seq_length))
     settings = SFTConfig(
@@ -256,19 +258,22 @@ def trl(options: argparse.Namespace, *, packed: bool = False, liger: bool = Fals
         seed=options.seed,
     )
 
-    class Counting(SFTTrainer):
+    class InOrder(SFTTrainer):
         positions = 0
+
+        def _get_train_sampler(self, *args: Any) -> Any:
+            return SequentialSampler(self.train_dataset)
 
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             self.positions += inputs["input_ids"].numel()
             return super().training_step(model, inputs, *args, **kwargs)
 
     table = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
-    trainer = Counting(model=begun.model, args=settings, train_dataset=table, processing_class=begun.tokenizer)
+    trainer = InOrder(model=begun.model, args=settings, train_dataset=table, processing_class=begun.tokenizer)
     measured = measure(trainer.train)
-    padded: Any = DataCollatorForLanguageModeling(pad_token_id=begun.tokenizer.pad_token_id)
-    after = begun.validation_loss(trainer.model, padded)
-    return {**measured, "tokens": tokens, "efficiency": tokens / trainer.positions, "loss": after}
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    after = begun.validation_loss(trainer.model)
+    return {**measured, "tokens": tokens, "efficiency": tokens / trainer.positions, "losses": losses, "loss": after}
 
 
 ARMS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {

@@ -37,20 +37,22 @@ def describe(config: DaptConfig | SftConfig, workdir: Path) -> dict[str, Any]:
     from trainer import blocks, chat
     from trainer.building import build_trainer, load_model
     from trainer.engine import load_tokenizer
-    from trainer.plan import plan_batches
     from trainer.precision import Hardware
+    from trainer.steps import fit_layout, plan_steps
 
     hardware = Hardware(torch.device("cpu"), "float32", config.params.train.optim)
     tokenizer = load_tokenizer(config.model)
     data = blocks.build_rows(config, tokenizer) if isinstance(config, DaptConfig) else chat.build_rows(config, tokenizer)
-    train = config.params.train
-    batches = {"batch_size": train.per_device_train_batch_size, "accumulation": train.gradient_accumulation_steps}
-    plan = plan_batches([50] * 40, epochs=train.epochs, max_steps=STEPS, seed=config.seed, **batches)
     model = load_model(config, choice, hardware)
+    planned = config.model_copy(deep=True)
+    planned.params.train.max_steps = STEPS
+    layout = fit_layout(config, choice=choice, hardware=hardware, model=model, tokenizer=tokenizer)
+    plan = plan_steps(planned, data, layout)
     trainer = build_trainer(
         config, choice=choice, hardware=hardware, model=model, tokenizer=tokenizer, data=data, plan=plan, workdir=workdir
     )
-    return {"backend": choice.name, **_adapter(trainer.model), **_training(trainer)}
+    rows = sorted({len(batch) for batch in plan})
+    return {"backend": choice.name, "rows_of_a_step": rows, "layout": layout.kind, **_adapter(trainer.model), **_training(trainer)}
 
 
 def _adapter(model: Any) -> dict[str, Any]:
@@ -80,7 +82,6 @@ def _training(trainer: Any) -> dict[str, Any]:
         trainer.lr_scheduler.step()
     return {
         "per_device_train_batch_size": arguments.per_device_train_batch_size,
-        "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
         "gradient_checkpointing": bool(arguments.gradient_checkpointing),
         "optim": optimizer_taken(trainer),
         "optimizer": [type(optimizer).__module__.partition(".")[0], type(optimizer).__name__],

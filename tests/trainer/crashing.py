@@ -42,7 +42,7 @@ MOMENTS: list[tuple[Any, str]] = [
     (engine, "load_model"),
     (engine, "mean_loss"),
     (engine, "write_output"),
-    (loop.StageLoop, "training_step"),
+    (loop.StageLoop, "micro_step"),
     (loop.StageLoop, "_get_grad_norm"),
     (AcceleratedOptimizer, "step"),
     (loop, "append_metrics"),

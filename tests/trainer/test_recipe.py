@@ -79,7 +79,8 @@ def check(built: dict[str, Any], recipe: dict[str, Any]) -> None:
     assert built["layers"] == 7
     assert (built["trained"], built["frozen"]) == (["torch.float32"], ["torch.float32"])
     assert built["per_device_train_batch_size"] == train["per_device_train_batch_size"]
-    assert built["gradient_accumulation_steps"] == train["gradient_accumulation_steps"]
+    assert built["rows_of_a_step"] == [train["per_device_train_batch_size"] * train["gradient_accumulation_steps"]]
+    assert built["layout"] == "flat"
     assert built["gradient_checkpointing"] is train["gradient_checkpointing"]
     assert built["weight_decay"] == 0
     rates, warmup = built["rates"], round(train["warmup_ratio"] * STEPS)

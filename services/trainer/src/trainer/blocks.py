@@ -1,62 +1,73 @@
-"""Plain text to training rows: chunks, an end-of-text token after each document's last, cut into blocks of equal length."""
+"""Plain text to training rows: chunks, an end-of-text token after each document's last, packed into blocks whole and apart.
+
+Books are read one after the other and their tokens written to a :mod:`trainer.store`; what stays in memory of a corpus are the
+lengths of its chunks and the hashes by which some are held out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from parampara.datasets import chunk_documents, hold_out, read_book
+from parampara.datasets import Document, iter_chunks, read_book
+from parampara.datasets.split import content_hash, held_out
 from parampara.errors import InvalidData
 from parampara.schemas.stages import DaptConfig
-from trainer.rows import StageData, TokenRow
+from trainer.binning import best_fit
+from trainer.rows import StageData
+from trainer.store import StoredRows, TokenStore, open_store, store_key, write_store
+
+_TOGETHER = 256
+"""Chunks in one call of the tokenizer."""
 
 
-def build_rows(config: DaptConfig, tokenizer: Any) -> StageData:
-    """Read the books, cut them into chunks, hold some chunks out and pack the rest.
+def build_rows(config: DaptConfig, tokenizer: Any, *, workdir: Path | None = None) -> StageData:
+    """Read the books, cut them into chunks, hold some chunks out and pack the rest into blocks of ``max_seq_length`` tokens.
+
+    A block holds whole chunks that do not see each other, as best-fit-decreasing lays them (Ding et al. 2024, arXiv 2404.10830);
+    only a chunk above ``max_seq_length`` is cut. The tokens are kept in ``workdir/"tokens"`` and found there by the next attempt.
 
     Raises:
         InvalidData: a book can not be read, or there is too little text to train on and validate with.
     """
-    params = config.params
-    train = _pieces(config.data.train, tokenizer, chunk_tokens=params.chunk_tokens)
-    if config.data.validation:
-        held = _pieces(config.data.validation, tokenizer, chunk_tokens=params.chunk_tokens)
+    if workdir is None:
+        with tempfile.TemporaryDirectory() as folder:  # files that are mapped live on until they are let go
+            return build_rows(config, tokenizer, workdir=Path(folder))
+    params, data = config.params, config.data
+    root = workdir / "tokens"
+    store = _tokenized(data.train, tokenizer, config, root / "train")
+    if data.validation:
+        held_store = _tokenized(data.validation, tokenizer, config, root / "validation")
+        train, held = list(range(len(store.lengths))), list(range(len(held_store.lengths)))
+        chunks = (len(store.hashes), len(held_store.hashes))
     else:
-        train, held = hold_out(
-            train, fraction=params.validation_fraction, seed=config.seed, content=lambda piece: piece.text, what="chunks"
-        )
-    rows = pack if params.train.packing else separate
-    length = params.train.max_seq_length
-    data = StageData(
-        train=rows(_encode(train, tokenizer), length),
-        validation=separate(_encode(held, tokenizer), length),
-        facts={"books": len(config.data.train), "train_chunks": len(train), "validation_chunks": len(held)},
-    )
-    for side, name in ((data.train, "training"), (data.validation, "validation")):
-        if not sum(row.trained for row in side):
+        held_store, apart = store, held_out(store.hashes, fraction=params.validation_fraction, seed=config.seed, what="chunks")
+        is_held = [digest in apart for digest in store.hashes]
+        train = [number for number, chunk in enumerate(store.chunk_of) if not is_held[chunk]]
+        held = [number for number, chunk in enumerate(store.chunk_of) if is_held[chunk]]
+        chunks = (len(is_held) - sum(is_held), sum(is_held))
+    for side, name in ((train, "training"), (held, "validation")):
+        if not side:
             raise InvalidData(f"The books give no {name} tokens; bring more text.", param="data")
-    return data
+    if params.train.packing:
+        blocks = best_fit([int(store.lengths[number]) for number in train], params.train.max_seq_length)
+        rows = [[train[i] for i in block] for block in blocks]
+    else:
+        rows = [[number] for number in train]
+    return StageData(
+        train=StoredRows(store, rows),
+        validation=StoredRows(held_store, [[number] for number in held]),
+        facts={"books": len(data.train), "train_chunks": chunks[0], "validation_chunks": chunks[1]},
+    )
 
 
 def token_counter(tokenizer: Any) -> Callable[[str], int]:
     return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def pack(documents: list[list[int]], length: int) -> list[TokenRow]:
-    """One stream of all documents, cut every ``length`` tokens; only the last block is shorter, so nothing is padded or lost."""
-    stream = [token for document in documents for token in document]
-    blocks = [stream[start : start + length] for start in range(0, len(stream), length)]
-    if len(blocks) > 1 and len(blocks[-1]) < 2:  # one token alone predicts nothing
-        blocks.pop()
-    return [TokenRow(input_ids=block, labels=block) for block in blocks]
-
-
-def separate(documents: list[list[int]], length: int) -> list[TokenRow]:
-    """One row per document, longer ones in several."""
-    blocks = [document[start : start + length] for document in documents for start in range(0, len(document), length)]
-    return [TokenRow(input_ids=block, labels=block) for block in blocks if len(block) > 1]
 
 
 def end_of_text(tokenizer: Any) -> int | None:
@@ -72,21 +83,45 @@ class _Piece:
     last: bool
 
 
-def _pieces(paths: Sequence[Path], tokenizer: Any, *, chunk_tokens: int) -> list[_Piece]:
-    pieces: list[_Piece] = []
+def _tokenized(paths: Sequence[Path], tokenizer: Any, config: DaptConfig, root: Path) -> TokenStore:
+    facts = {
+        "chunk_tokens": config.params.chunk_tokens,
+        "max_seq_length": config.params.train.max_seq_length,
+        "formats": [path.suffix.lower() for path in paths],
+        "tokenizer": tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items()),
+        "end": end_of_text(tokenizer),
+        "versions": [metadata.version(name) for name in ("transformers", "tokenizers")],
+    }
+    key = store_key(facts, paths)
+    return open_store(root, key) or write_store(root, key, _encoded(paths, tokenizer, config))
+
+
+def _encoded(paths: Sequence[Path], tokenizer: Any, config: DaptConfig) -> Iterator[tuple[str, list[list[int]]]]:
+    """Hash and tokens of each chunk, in several documents where it is longer than a row."""
+    length = config.params.train.max_seq_length
     for path in paths:
-        chunks = chunk_documents([read_book(path)], max_tokens=chunk_tokens, count_tokens=token_counter(tokenizer))
-        pieces += [_Piece(chunk.text, last=number == len(chunks)) for number, chunk in enumerate(chunks, 1)]
-    return pieces
+        rest = _pieces(read_book(path), tokenizer, chunk_tokens=config.params.chunk_tokens)
+        while pieces := list(islice(rest, _TOGETHER)):
+            for piece, ids in zip(pieces, _encode(pieces, tokenizer), strict=True):
+                parts = [ids[start : start + length] for start in range(0, len(ids), length)]
+                yield content_hash(piece.text), [part for part in parts if len(part) > 1]  # one token alone predicts nothing
 
 
-def _encode(pieces: list[_Piece], tokenizer: Any) -> list[list[int]]:
+def _pieces(document: Document, tokenizer: Any, *, chunk_tokens: int) -> Iterator[_Piece]:
+    before = None
+    for chunk in iter_chunks(document, max_tokens=chunk_tokens, count_tokens=token_counter(tokenizer)):
+        if before is not None:
+            yield _Piece(before, last=False)
+        before = chunk.text
+    if before is not None:
+        yield _Piece(before, last=True)
+
+
+def _encode(pieces: Sequence[_Piece], tokenizer: Any) -> list[list[int]]:
     """Token ids of each chunk: the tokenizer's own start token where it has one, the text, and where its document ends, the end.
 
     A chunk that ends in the middle of a document must not teach that the text is over.
     """
-    if not pieces:
-        return []
     encoded = tokenizer([piece.text for piece in pieces], add_special_tokens=True)["input_ids"]
     end = end_of_text(tokenizer)
     return [

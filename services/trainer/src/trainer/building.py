@@ -51,7 +51,9 @@ def build_trainer(
 
     set_seed(config.seed)
     arguments = SFTConfig(**training_arguments(config, hardware=hardware, steps=plan.steps, workdir=workdir))
-    rows = Dataset.from_dict({"input_ids": [row.input_ids for row in data.train], "labels": [row.labels for row in data.train]})
+    # the library asks for a Dataset and looks at its first row; StageLoop reads the rows themselves
+    first = data.train[0]
+    rows = Dataset.from_dict({"input_ids": [first.input_ids], "labels": [first.labels]})
     kind: Any = type("StageTrainer", (StageLoop, choice.module.trainer_base()), {})
     adapter = adapter_parameters(model)
     trainer = kind(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
@@ -77,7 +79,7 @@ def training_arguments(config: Config, *, hardware: Hardware, steps: int, workdi
         "output_dir": str(workdir / "trainer"),
         "max_steps": steps,
         "per_device_train_batch_size": train.per_device_train_batch_size,
-        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "gradient_accumulation_steps": 1,  # StageLoop cuts each effective batch into micro-batches itself
         "learning_rate": train.learning_rate,
         "lr_scheduler_type": train.lr_scheduler_type,
         "warmup_steps": math.ceil(train.warmup_ratio * steps),
@@ -91,9 +93,9 @@ def training_arguments(config: Config, *, hardware: Hardware, steps: int, workdi
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if train.gradient_checkpointing else None,
         "loss_type": "nll",
         "seed": config.seed,
-        # rows come tokenized, in a planned order; StageLoop logs, validates and saves
+        # rows come tokenized, in a planned order and layout; StageLoop logs, validates and saves
         "max_length": None,
-        "padding_free": False,  # one flattened row per batch would need attention that keeps rows apart, which a CPU has not
+        "padding_free": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "remove_unused_columns": False,
         "logging_strategy": "no",

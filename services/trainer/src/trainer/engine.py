@@ -25,13 +25,15 @@ from trainer import memory, tracking
 from trainer.backends import Choice
 from trainer.building import Config, build_trainer, load_model, optimizer_taken, run_name
 from trainer.checkpoints import CheckpointStore
+from trainer.layout import Layout
 from trainer.loop import Ledger, RunContext, append_metrics, load_trainable, read_ledger, truncate_metrics
 from trainer.methods import trained_in
 from trainer.output import read_lineage, write_output
-from trainer.plan import Plan, plan_batches
+from trainer.plan import Plan
 from trainer.precision import Hardware, choose_hardware
 from trainer.rows import StageData
 from trainer.speed import Speedometer
+from trainer.steps import announce, fit_layout, plan_steps
 from trainer.validation import mean_loss
 
 _VERSIONED = ("torch", "transformers", "trl", "peft", "accelerate", "safetensors", "tokenizers", "unsloth", "unsloth_zoo", "bitsandbytes")
@@ -61,19 +63,23 @@ def train_adapter(
         lineage = read_lineage(config.model, base_sha256)
         tokenizer = load_tokenizer(config.model)
         data = build(config, tokenizer)
-        plan = _plan(config, data, progress)
-    facts = _resume_facts(config, choice=choice, hardware=hardware, data=data, plan=plan, base_sha256=base_sha256)
-    store = CheckpointStore(workdir / "checkpoints", facts=facts, keep=params.train.keep_checkpoints)
     with _out_of_memory_named(params.train):
         progress.phase("load model")
         with stop.interruptible("while the model was loaded"):
             model = load_model(config, choice, hardware)
+            layout = fit_layout(config, choice=choice, hardware=hardware, model=model, tokenizer=tokenizer)
+            plan = plan_steps(config, data, layout)
+            announce(config, data, layout, plan, progress)
+            facts = _resume_facts(config, choice=choice, hardware=hardware, data=data, plan=plan, layout=layout, base_sha256=base_sha256)
+            store = CheckpointStore(workdir / "checkpoints", facts=facts, keep=params.train.keep_checkpoints)
             trainer = build_trainer(
                 config, choice=choice, hardware=hardware, model=model, tokenizer=tokenizer, data=data, plan=plan, workdir=workdir
             )
             if (taken := optimizer_taken(trainer)) != hardware.optimizer:
                 progress.event(f"the backend takes the optimizer {taken} instead of {hardware.optimizer} here", level="warn")
-            resumed = _attach(trainer, config, hardware=hardware, data=data, plan=plan, store=store, workdir=workdir, progress=progress)
+            resumed = _attach(
+                trainer, config, hardware=hardware, data=data, plan=plan, layout=layout, store=store, workdir=workdir, progress=progress
+            )
         if resumed is None:
             _measure_before(trainer, progress)
         progress.phase("train")
@@ -118,37 +124,9 @@ def _model_directory(path: Path) -> Path:
     return path
 
 
-def _plan(config: Config, data: StageData, progress: Progress) -> Plan:
-    train = config.params.train
-    plan = plan_batches(
-        [len(row.input_ids) for row in data.train],
-        batch_size=train.per_device_train_batch_size,
-        accumulation=train.gradient_accumulation_steps,
-        epochs=train.epochs,
-        max_steps=train.max_steps,
-        seed=config.seed,
-    )
-    facts = {
-        "train_rows": len(data.train),
-        "validation_rows": len(data.validation),
-        "steps": plan.steps,
-        "efficiency": round(plan.efficiency, 4),
-    }
-    progress.event("data ready", **{**data.facts, **facts})
-    if data.facts.get("truncated_rows"):
-        progress.event(
-            f"{data.facts['truncated_rows']} rows are longer than max_seq_length ({train.max_seq_length}) and were cut", level="warn"
-        )
-    if data.facts.get("asked_in_both"):
-        progress.event(
-            f"{data.facts['asked_in_both']} of {len(data.validation)} validation rows ask what a training row asks too: their loss tells "
-            "of memory; bring other questions",
-            level="warn",
-        )
-    return plan
-
-
-def _resume_facts(config: Config, *, choice: Choice, hardware: Hardware, data: StageData, plan: Plan, base_sha256: str) -> dict[str, Any]:
+def _resume_facts(
+    config: Config, *, choice: Choice, hardware: Hardware, data: StageData, plan: Plan, layout: Layout, base_sha256: str
+) -> dict[str, Any]:
     """Everything that must be equal for a resumed run to be the same run. Not paths, retention, trackers and prices."""
     settings = config.model_dump(mode="json", exclude={"model", "data", "tracking", "tracking_directory", "machine"})
     for free in ("checkpoint_steps", "keep_checkpoints", "load_best", "logging_steps"):
@@ -161,6 +139,7 @@ def _resume_facts(config: Config, *, choice: Choice, hardware: Hardware, data: S
         "optimizer": hardware.optimizer,
         "data": data.sha256,
         "order": plan.sha256,
+        "layout": [layout.kind, layout.max_tokens],
         "base": base_sha256,
         "versions": library_versions(),
     }
@@ -183,6 +162,7 @@ def _attach(
     hardware: Hardware,
     data: StageData,
     plan: Plan,
+    layout: Layout,
     store: CheckpointStore,
     workdir: Path,
     progress: Progress,
@@ -195,11 +175,13 @@ def _attach(
     train = config.params.train
     run = RunContext(
         plan=plan,
+        rows=data.train,
+        layout=layout,
         store=store,
         progress=progress,
         metrics_path=workdir / "metrics.jsonl",
         stopped=stop.requested,
-        validate=lambda model: mean_loss(model, data.validation, collate=trainer.data_collator, hardware=hardware, stopped=stop.requested),
+        validate=lambda model: mean_loss(model, data.validation, layout=layout, hardware=hardware, stopped=stop.requested),
         train=train,
         speed=Speedometer.of(trainer.model, hardware=hardware, machine=config.machine),
         ledger=ledger,

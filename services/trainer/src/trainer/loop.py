@@ -1,7 +1,8 @@
 """What a run adds to SFTTrainer: a planned order, exact checkpoints, a stop within one micro-batch, and divergence caught.
 
-:class:`StageLoop` is a mixin over the SFTTrainer of a backend. It replaces the trainer's own saving, loading, logging and
-batch order, and leaves forward, backward, optimizer and schedule to the library.
+:class:`StageLoop` is a mixin over the SFTTrainer of a backend. It replaces the trainer's own saving, loading, logging, batch
+order and gradient accumulation, and leaves forward, backward, optimizer and schedule to the library. For the library one
+optimizer step is one batch; here that batch is a list of micro-batches, as many as the step's rows need.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +28,9 @@ from parampara.storage import fsync_file, write_atomically
 from trainer import memory, rng
 from trainer.checkpoints import CheckpointStore
 from trainer.divergence import require_finite, require_no_runaway
+from trainer.layout import Layout, documents_in
 from trainer.plan import Plan
+from trainer.rows import IGNORED, TokenRow
 from trainer.speed import Speedometer
 from trainer.state_tree import join_tensors, split_tensors
 from trainer.tensor_files import save_tensors
@@ -50,7 +55,7 @@ class Ledger:
     """Mean training loss per learnt token of each step so far."""
     overflows: int = 0
     parts: int = 1
-    """In how many parts each micro-batch is trained, see :mod:`trainer.memory`."""
+    """The token budget of a micro-batch is the layout's, divided by this, see :mod:`trainer.memory`."""
     reductions: list[dict[str, int]] = field(default_factory=list)
     """``{"step", "parts"}`` of each time that memory ran out."""
     validation_before: float | None = None
@@ -68,6 +73,8 @@ class RunContext:
     """Everything around the trainer."""
 
     plan: Plan
+    rows: Sequence[TokenRow]
+    layout: Layout
     store: CheckpointStore
     progress: Progress
     metrics_path: Path
@@ -91,8 +98,7 @@ class StageLoop:
     state: Any
     control: Any
     callback_handler: Any
-    train_dataset: Any
-    data_collator: Any
+    model_accepts_loss_kwargs: bool
 
     def start(self, run: RunContext) -> None:
         """Attach the run; call before ``train``."""
@@ -102,7 +108,7 @@ class StageLoop:
         self._reported_step = -1
         self._clock = time.monotonic()
         self._pending_tokens = self._pending_positions = 0  # of a step that is not done yet
-        self._begun: list[Any] = []  # micro-batches of that step
+        self._batch: dict[str, Any] = {}  # its last micro-batch
         self._losses_at_start = len(run.ledger.losses)
         self._tokens_at_start = run.ledger.tokens
         self._seconds_at_start = run.ledger.seconds
@@ -112,68 +118,86 @@ class StageLoop:
     def get_train_dataloader(self) -> Any:
         # its own generator: making an iterator draws a seed, and training's generators must not notice
         return DataLoader(
-            self.train_dataset,
+            self.run.rows,  # type: ignore[arg-type]
             batch_sampler=self.run.plan,  # type: ignore[arg-type]
-            collate_fn=memory.Collator(self.data_collator),
+            collate_fn=list,
             generator=torch.Generator().manual_seed(0),
-            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
 
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The rows of the coming steps, and how many tokens they learn: each token of a step weighs the same."""
+        steps = list(islice(epoch_iterator, num_batches))
+        count = torch.tensor(sum(row.trained for rows in steps for row in rows), device=device)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return steps, count
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One optimizer step on the rows ``inputs``; out of memory, the whole step again in smaller micro-batches."""
         if self._rng_after_step is None:
             self._rng_after_step = rng.capture()
             self._evaluate_if_due(self.state.global_step)  # resumed: the attempt before was stopped while it evaluated
-        if self.run.stopped():
-            self._preempt()
-        self._begun.append(inputs)
-        todo = [inputs]
         while True:
             try:
-                return self._train_in_parts(model, todo, num_items_in_batch)
+                return self._train_on(model, inputs, num_items_in_batch)
             except (RuntimeError, MemoryError) as error:
                 if not memory.is_out_of_memory(error):
                     raise
-                self._reduce(error, num_items_in_batch)
-            # the whole step again: the part that failed may have added to the gradients already
+                self._reduce(error)
+            # the whole step: the micro-batch that failed may have added to the gradients already
             memory.release()
             model.zero_grad()
             rng.restore(self._rng_after_step)
             self._step_loss = None
             self._pending_tokens = self._pending_positions = 0
-            todo = self._begun
 
-    def _train_in_parts(self, model: Any, batches: list[Any], num_items_in_batch: Any) -> torch.Tensor:
-        """Forward and backward of ``batches``; returns their share of the step's loss."""
-        collator, loss = memory.Collator(self.data_collator), None
-        for batch in batches:
-            for part in collator.parts(batch, self.run.ledger.parts):
-                share = super().training_step(model, part, num_items_in_batch)  # type: ignore[misc]
-                loss = share if loss is None else loss + share
-                self._step_loss = share if self._step_loss is None else self._step_loss + share
-                self._pending_positions += part["input_ids"].numel()
-                self._pending_tokens += int(part["attention_mask"].sum())
-        assert loss is not None
-        return loss
+    def _train_on(self, model: Any, rows: list[TokenRow], num_items_in_batch: Any) -> torch.Tensor:
+        """Each micro-batch forward and backward, gradients exchanged with the last; returns the loss of the step."""
+        batches = memory.smaller(self.run.layout, self.run.ledger.parts).collate(rows)
+        for number, batch in enumerate(batches, 1):
+            with nullcontext() if number == len(batches) else self.accelerator.no_sync(model):
+                self.micro_step(model, batch, num_items_in_batch)
+        assert self._step_loss is not None
+        return self._step_loss
 
-    def _reduce(self, error: BaseException, num_items_in_batch: Any) -> None:
-        """Train each micro-batch in twice as many parts from now on.
+    def micro_step(self, model: Any, batch: dict[str, Any], num_items_in_batch: Any) -> None:
+        if self.run.stopped():
+            self._preempt()
+        self._batch = batch
+        self._pending_positions += batch["input_ids"].numel()
+        self._pending_tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+        loss = super().training_step(model, batch, num_items_in_batch)  # type: ignore[misc]
+        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """The share of a micro-batch in the loss of its step, also of a model that only knows the mean over its micro-batch."""
+        learnt = (inputs["labels"][:, 1:] != IGNORED).sum()
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        return loss if self.model_accepts_loss_kwargs else loss * (learnt * self.args.world_size / num_items_in_batch)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # the library's count would read one batch, and nobody reads the count
+
+    def _reduce(self, error: BaseException) -> None:
+        """Train in micro-batches smaller than the one that failed from now on.
 
         Raises:
-            OutOfMemory: a part is one row already; several processes train together, of which the others know nothing of this; or
-                the loss is not one that can be added up from parts.
+            OutOfMemory: it held one document already, or several processes train together, of which the others know nothing of this.
         """
-        step, ledger = self.state.global_step + 1, self.run.ledger
-        alone = self.args.world_size == 1 and num_items_in_batch is not None
-        if not alone or memory.rows_per_part(self._begun[-1], ledger.parts) == 1:
-            raise memory.out_of_memory(self.run.train, error, step=step if alone else None) from error
-        ledger.parts *= 2
-        ledger.reductions.append({"step": step, "parts": ledger.parts})
-        self.run.progress.event(
-            f"out of memory at step {step}: each micro-batch is trained in {ledger.parts} parts from here on; the rows and the loss of a "
-            "step stay what they were",
+        step, run = self.state.global_step + 1, self.run
+        alone = self.args.world_size == 1
+        if not alone or documents_in(self._batch) == 1:
+            raise memory.out_of_memory(run.train, error, step=step if alone else None) from error
+        run.ledger.parts *= 2
+        while memory.smaller(run.layout, run.ledger.parts).max_tokens >= self._batch["input_ids"].numel():
+            run.ledger.parts *= 2
+        run.ledger.reductions.append({"step": step, "parts": run.ledger.parts})
+        run.progress.event(
+            f"out of memory at step {step}: micro-batches of at most {memory.smaller(run.layout, run.ledger.parts).max_tokens} tokens (or "
+            "one document) from here on; the rows and the loss of a step stay what they were",
             level="warn",
             step=step,
-            parts=ledger.parts,
+            parts=run.ledger.parts,
         )
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
@@ -208,7 +232,6 @@ class StageLoop:
         run.ledger.tokens += self._pending_tokens
         run.ledger.positions += self._pending_positions
         self._pending_tokens = self._pending_positions = 0
-        self._begun = []
         run.ledger.seconds = self._seconds_at_start + time.monotonic() - self._clock
         self._step_loss = None
         require_no_runaway(run.ledger.losses)

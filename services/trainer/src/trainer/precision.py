@@ -23,6 +23,10 @@ class Hardware:
     def torch_dtype(self) -> torch.dtype:
         return TORCH_DTYPES[self.dtype]
 
+    def autocast(self) -> torch.autocast:
+        """The precision of a forward pass, as the trainer's own."""
+        return torch.autocast(self.device.type, dtype=self.torch_dtype, enabled=self.dtype != "float32")
+
 
 def choose_hardware(precision: Literal["auto", "float32", "float16", "bfloat16"], optimizer: str) -> Hardware:
     """``auto``: float32 on a CPU (bfloat16 is slower there), bfloat16 on a GPU that has it, else float16.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 IGNORED = -100
@@ -14,35 +14,54 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class TokenRow:
-    """``labels[i]`` is ``input_ids[i]`` or ``IGNORED``; the shift by one position happens in the model."""
+    """One row of an effective batch: a document, a conversation, or several documents in one block.
+
+    ``labels[i]`` is ``input_ids[i]`` or ``IGNORED``; the shift by one position happens in the model. ``parts`` are the lengths
+    of the documents, in order; none of them sees another.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    parts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            object.__setattr__(self, "parts", (len(self.input_ids),))
 
     @property
     def trained(self) -> int:
-        """How many positions give a loss: the first one never does, nothing stands before it."""
-        return sum(label != IGNORED for label in self.labels[1:])
+        """How many positions give a loss: the first of a document never does, nothing stands before it."""
+        return sum(label != IGNORED for part in self.split() for label in part.labels[1:])
+
+    def split(self) -> list[TokenRow]:
+        """Its documents as rows of their own."""
+        if len(self.parts) == 1:
+            return [self]
+        rows, start = [], 0
+        for length in self.parts:
+            rows.append(TokenRow(self.input_ids[start : start + length], self.labels[start : start + length]))
+            start += length
+        return rows
 
 
 @dataclass(frozen=True)
 class StageData:
     """What a stage trains on and validates with; ``facts`` go into training.json."""
 
-    train: list[TokenRow]
-    validation: list[TokenRow]
+    train: Sequence[TokenRow]
+    validation: Sequence[TokenRow]
     facts: dict[str, int | float | str]
 
     @property
     def sha256(self) -> str:
         digest = hashlib.sha256(json.dumps([len(self.train), len(self.validation)]).encode())
         for row in _both(self.train, self.validation):
-            digest.update(len(row.input_ids).to_bytes(8, "little"))
+            digest.update(array("q", [len(row.parts), *row.parts]).tobytes())
             digest.update(array("q", row.input_ids).tobytes())
             digest.update(array("q", row.labels).tobytes())
         return digest.hexdigest()
 
 
-def _both(*sides: list[TokenRow]) -> Iterable[TokenRow]:
+def _both(*sides: Sequence[TokenRow]) -> Iterable[TokenRow]:
     for side in sides:
         yield from side

@@ -27,5 +27,5 @@ def run(config: SftConfig, *, workdir: Path, progress: Progress) -> TrainResult:
         from trainer.engine import train_adapter  # after the backend: Unsloth must be imported before transformers
 
     if config.params.train.packing:
-        progress.event("packing is for plain text; questions and answers are batched by length instead, each in its own row", level="warn")
+        progress.event("packing is for plain text; each question with its answer stays a row of its own", level="warn")
     return train_adapter(config, choice=choice, build=build_rows, workdir=workdir, progress=progress)

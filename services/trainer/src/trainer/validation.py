@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from parampara.errors import Diverged, Preempted
+from trainer.layout import Layout
 from trainer.precision import Hardware
-from trainer.rows import TokenRow
+from trainer.rows import IGNORED, TokenRow
+from trainer.store import parts_of
 
 _TOKENS_PER_BATCH = 2048
 
 
-def mean_loss(
-    model: Any, rows: Sequence[TokenRow], *, collate: Callable[[list[Any]], Any], hardware: Hardware, stopped: Callable[[], bool]
-) -> float:
+def mean_loss(model: Any, rows: Sequence[TokenRow], *, layout: Layout, hardware: Hardware, stopped: Callable[[], bool]) -> float:
     """Negative log likelihood per learnt token, in nats, without dropout. Leaves the model in evaluation mode.
 
     Raises:
@@ -26,17 +27,17 @@ def mean_loss(
     """
     model.eval()
     total, tokens = 0.0, 0
-    mixed = hardware.dtype != "float32"
+    whole = replace(layout, max_tokens=_TOKENS_PER_BATCH)
     for batch in _batches(rows):
         if stopped():
             raise Preempted("Stopped while validating, as asked.")
-        count = sum(row.trained for row in batch)
-        inputs = collate([{"input_ids": row.input_ids, "labels": row.labels} for row in batch])
-        inputs = {key: value.to(hardware.device) for key, value in inputs.items()}
-        with torch.no_grad(), torch.autocast(hardware.device.type, dtype=hardware.torch_dtype, enabled=mixed):
-            loss = model(**inputs, use_cache=False).loss
-        total += float(loss) * count
-        tokens += count
+        for inputs in whole.collate(batch):
+            count = int((inputs["labels"][:, 1:] != IGNORED).sum())
+            moved = {key: value.to(hardware.device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
+            with torch.no_grad(), hardware.autocast():
+                loss = model(**moved, use_cache=False).loss
+            total += float(loss) * count
+            tokens += count
     result = total / tokens
     if not math.isfinite(result):
         raise Diverged(f"The validation loss is {result}: the model's weights do not work in {hardware.dtype}.")
@@ -45,11 +46,13 @@ def mean_loss(
 
 def _batches(rows: Sequence[TokenRow]) -> Iterator[list[TokenRow]]:
     """Rows of similar length together, at most ``_TOKENS_PER_BATCH`` padded positions in a batch (or one row)."""
+    lengths = [sum(parts) for parts in parts_of(rows)]
     batch: list[TokenRow] = []
-    for row in sorted((row for row in rows if row.trained), key=lambda row: len(row.input_ids)):
-        if batch and len(row.input_ids) * (len(batch) + 1) > _TOKENS_PER_BATCH:
+    for number in sorted(range(len(rows)), key=lambda number: lengths[number]):
+        if batch and lengths[number] * (len(batch) + 1) > _TOKENS_PER_BATCH:
             yield batch
             batch = []
-        batch.append(row)
+        if (row := rows[number]).trained:
+            batch.append(row)
     if batch:
         yield batch

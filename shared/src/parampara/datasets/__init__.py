@@ -5,7 +5,7 @@ Books become :class:`Document` (:mod:`.books`), documents become chunks (:mod:`.
 """
 
 from parampara.datasets.books import Document, Page, read_book, validate_books
-from parampara.datasets.chunks import Chunk, chunk_document, chunk_documents, chunk_text
+from parampara.datasets.chunks import Chunk, chunk_document, chunk_documents, chunk_text, iter_chunks
 from parampara.datasets.qa import Message, QaRow, Role, count_asked_in_both, count_duplicates, read_qa, validate_qa
 from parampara.datasets.split import content_hash, hold_out
 
@@ -23,6 +23,7 @@ __all__ = [
     "count_asked_in_both",
     "count_duplicates",
     "hold_out",
+    "iter_chunks",
     "read_book",
     "read_qa",
     "validate_books",

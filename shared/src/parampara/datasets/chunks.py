@@ -7,7 +7,7 @@ tokenizer), evaluation and retrieval (the embedder's) alike.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from parampara.datasets.books import Document, Page
@@ -18,6 +18,8 @@ CountTokens = Callable[[str], int]
 _PARAGRAPH = re.compile(r"\n\s*\n")
 # after . ! ? and the Devanagari danda, with closing quotes and brackets, when space and no lower-case letter follow
 _SENTENCE = re.compile("(?<=[.!?\u0964\u0965][\"'\u201d\u2019)\\]])\\s+|(?<=[.!?\u0964\u0965])\\s+(?![a-z])|\\n")
+_STRETCH = 4_000_000
+"""Characters of a document that are cut into chunks together; a longer one is divided between pages, else paragraphs."""
 _KEEP_PARAGRAPHS_FROM = 0.6
 """A chunk ends at its last paragraph border when at least this share of it lies before that border."""
 
@@ -67,24 +69,56 @@ def chunk_document(document: Document, *, max_tokens: int, count_tokens: CountTo
     Raises:
         InvalidRequest: ``max_tokens`` is below 1, or ``overlap_tokens`` is not below ``max_tokens``.
     """
+    return list(iter_chunks(document, max_tokens=max_tokens, count_tokens=count_tokens, overlap_tokens=overlap_tokens))
+
+
+def iter_chunks(document: Document, *, max_tokens: int, count_tokens: CountTokens, overlap_tokens: int = 0) -> Iterator[Chunk]:
+    """The chunks of :func:`chunk_document` one by one. A document above ``_STRETCH`` characters is divided into stretches first, so that
+    a book of hundreds of megabytes is not taken to pieces at once; no chunk runs over their borders.
+    """
     if max_tokens < 1:
         raise InvalidRequest(f"max_tokens is {max_tokens}; a chunk holds at least 1 token.", param="max_tokens")
     if not 0 <= overlap_tokens < max_tokens:
         raise InvalidRequest(
             f"overlap_tokens is {overlap_tokens}; it must be at least 0 and below max_tokens ({max_tokens}).", param="overlap_tokens"
         )
+    for stretch in _stretches(document):
+        yield from _chunks_of(stretch, max_tokens=max_tokens, count_tokens=count_tokens, overlap_tokens=overlap_tokens)
+
+
+def _chunks_of(document: Document, *, max_tokens: int, count_tokens: CountTokens, overlap_tokens: int) -> Iterator[Chunk]:
     units = [unit for page in document.pages for unit in _units(page, max_tokens=max_tokens, count_tokens=count_tokens)]
-    chunks: list[Chunk] = []
     start = fresh = 0  # fresh: first unit that no earlier chunk holds
     while fresh < len(units):
         end = _end_of_chunk(units, start, fresh, max_tokens=max_tokens, count_tokens=count_tokens)
         while start < fresh and count_tokens(_join(units[start:end])) > max_tokens:
             start += 1  # less overlap rather than a chunk above the limit
         text = _join(units[start:end])
-        chunks.append(Chunk(text=text, document=document.title, page=units[start].page, tokens=count_tokens(text)))
+        yield Chunk(text=text, document=document.title, page=units[start].page, tokens=count_tokens(text))
         fresh = end
         start = _start_of_overlap(units, start, end, overlap_tokens=overlap_tokens, max_tokens=max_tokens)
-    return chunks
+
+
+def _stretches(document: Document) -> Iterator[Document]:
+    """The document in parts of at most ``_STRETCH`` characters, divided between paragraphs, else lines, else words."""
+    pages: list[Page] = []
+    size = 0
+    for page in document.pages:
+        start = 0
+        while start < len(page.text):
+            if size >= _STRETCH:
+                yield Document(document.title, pages)
+                pages, size = [], 0
+            end = min(start + _STRETCH - size, len(page.text))
+            divided = end < len(page.text)
+            if divided:
+                borders = (page.text.rfind(mark, start + 1, end) for mark in ("\n\n", "\n", " "))
+                end = next((border for border in borders if border > start), end)
+            pages.append(Page(page.label, page.text[start:end]))
+            size = _STRETCH if divided else size + end - start
+            start = end
+    if pages:
+        yield Document(document.title, pages)
 
 
 def _units(page: Page, *, max_tokens: int, count_tokens: CountTokens) -> list[_Unit]:

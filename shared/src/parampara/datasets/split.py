@@ -31,16 +31,25 @@ def hold_out(
         InvalidData: fewer than two distinct items, so one side would be empty.
         InvalidRequest: ``fraction`` is not between 0 and 1.
     """
+    hashes = [content_hash(content(item)) for item in items]
+    held = held_out(hashes, fraction=fraction, seed=seed, what=what)
+    train = [item for item, digest in zip(items, hashes, strict=True) if digest not in held]
+    return train, [item for item, digest in zip(items, hashes, strict=True) if digest in held]
+
+
+def held_out(hashes: Sequence[str], *, fraction: float, seed: int, what: str = "rows") -> set[str]:
+    """The hashes (:func:`content_hash`) of the items that :func:`hold_out` holds out, for a set too large to be at hand.
+
+    Raises:
+        As :func:`hold_out`.
+    """
     if not 0 < fraction < 1:
         raise InvalidRequest(f"validation_fraction is {fraction}; it must lie between 0 and 1.", param="validation_fraction")
-    hashes = [content_hash(content(item)) for item in items]
     ordered = sorted(set(hashes), key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())
     if len(ordered) < 2:
         raise InvalidData(
-            f"{len(items)} {what} of {len(ordered)} distinct content: training and validation need at least one each; bring more data.",
+            f"{len(hashes)} {what} of {len(ordered)} distinct content: training and validation need at least one each; bring more data.",
             param="data",
         )
     count = min(max(1, round(len(ordered) * fraction)), len(ordered) - 1)
-    held = set(ordered[:count])
-    train = [item for item, digest in zip(items, hashes, strict=True) if digest not in held]
-    return train, [item for item, digest in zip(items, hashes, strict=True) if digest in held]
+    return set(ordered[:count])

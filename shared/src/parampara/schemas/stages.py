@@ -72,6 +72,10 @@ class TrainParams(Strict):
     max_steps: Annotated[int, Field(ge=1)] | None = None
     per_device_train_batch_size: Annotated[int, Field(ge=1, le=1024)] = 4
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1024)] = 4
+    """Times the batch size: the rows of one optimizer step, whose learnt tokens weigh the same."""
+    max_tokens_per_batch: Annotated[int, Field(ge=16, le=16_777_216)] | None = None
+    """Positions that are computed at once. A step's rows are cut into as many micro-batches as that takes, longest first: memory and
+    speed change with it, the training does not. None: batch size x ``max_seq_length``, and at most 2048 on a CPU."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
@@ -253,7 +257,7 @@ class SftConfig(Strict):
 
 
 class MicroBatchReduction(Strict):
-    """Memory ran out at ``step``: from there on each micro-batch was trained in ``parts`` parts, with the same rows in each step."""
+    """Memory ran out at ``step``: from there on micro-batches hold the ``parts``-th part of the tokens, with the same rows in each step."""
 
     step: int
     parts: int
@@ -290,6 +294,7 @@ class TrainResult(Strict):
     best_validation_loss: float | None = None
     resumed_from_step: int = 0
     packing_efficiency: float | None = None
+    """Share of the computed positions that held a token and not padding."""
     peak_memory_bytes: int
     flops_per_token: int = 0
     """Of the model, in a training step; ``trainer.speed`` says how it is counted."""
