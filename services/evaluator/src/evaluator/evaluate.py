@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluator import comparison, expectations, metrics, parity, plateau, report
+from evaluator import comparison, expectations, judge, metrics, parity, plateau, report
 from evaluator.answers import compile_formats, generate
 from evaluator.card import model_card
 from evaluator.curves import read_curves
@@ -31,23 +31,28 @@ from parampara.schemas.stages import EvaluateConfig, EvaluateResult
 from parampara.storage import fsync_tree
 
 
-def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> EvaluateResult:
+def run(config: EvaluateConfig, *, workdir: Path, progress: Progress, judge_api_key: str = "") -> EvaluateResult:
     """Evaluate a line of models into ``workdir / "output"`` (report.json, report.html, ledger.json, items.jsonl, expectations.json,
     README.md, and comparison.json where there is a champion).
 
     Raises:
         InvalidData: a model directory or held-out file is not what it has to be.
-        InvalidRequest: a format of ``params.formats`` is not a regular expression.
+        InvalidRequest: a format of ``params.formats`` is not a regular expression, or the judge that is asked for has no endpoint or
+            refuses to grade.
+        Unavailable: the judge cannot be reached.
         OutOfMemory: a model does not fit this machine.
         Preempted: asked to stop; the next attempt measures again.
     """
     started = time.monotonic()
     compile_formats(config.params.formats)
+    asked_judge = judge.find_judge(config, api_key=judge_api_key)
     progress.phase("read held-out data")
     material = read_material(config)
     line = members(config)
     check_weights(line)
-    meter = Meter(progress, total=sum(work(member, material) for member in line) + len(material.expected))
+    meter = Meter(progress, total=_total_work(line, material) + judge.work(asked_judge, config, len(material.held_out.questions)))
+    if asked_judge is not None:
+        judge.require_answering(asked_judge, meter)
     if material.held_out.trained_on:
         asked = len(material.held_out.questions)
         meter.warn(f"{material.held_out.trained_on} of {asked} held-out questions are asked in the training files too; bring others.")
@@ -58,7 +63,10 @@ def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> Evaluat
         ledger = write_ledger(line, material, recorded, meter=meter)
         items = make_items(material.held_out.questions, measured)
         compared = _compare(config, items, meter)
+        if asked_judge is not None:
+            items = judge.judge_items(asked_judge, items, material.held_out.questions, measured, meter)
         values = metrics.collect(config, measured, material, ledger) | _plateau(config) | (compared.metrics() if compared else {})
+        values |= judge.metrics(items)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     known = {name: value for name, value in sorted(values.items()) if math.isfinite(value)}
@@ -76,7 +84,12 @@ def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> Evaluat
     )
     meter.phase("write report")
     curves = read_curves(dapt=config.dapt_adapter, sft=config.sft_adapter)
-    _publish(config, Findings(result, ledger, curves, items, compared), measured[line[-1].name].expectations, workdir=workdir)
+    _publish(
+        config,
+        Findings(result, ledger, curves, items, compared, config.params.judge),
+        measured[line[-1].name].expectations,
+        workdir=workdir,
+    )
     return result
 
 
@@ -105,6 +118,10 @@ def measure_line(
             raise OutOfMemory(f"Out of memory while {member.name} was evaluated: {error}", param="params") from None
         ledger.add(recording)
     return measured, ledger
+
+
+def _total_work(line: Sequence[Member], material: Material) -> int:
+    return sum(work(member, material) for member in line) + len(material.expected)
 
 
 def _compare(config: EvaluateConfig, items: Sequence[Item], meter: Meter) -> Comparison | None:

@@ -12,9 +12,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from evaluator import curves
 from evaluator.curves import Curve
 from evaluator.items import as_lines
-from parampara.schemas.comparison import Comparison, Item
+from parampara.schemas.comparison import Comparison, Item, Judgement
 from parampara.schemas.ledger import ParityLedger
-from parampara.schemas.stages import EvaluateResult
+from parampara.schemas.stages import EvaluateResult, JudgeParams
 
 MODELS = ["base", "dapt", "sft", "quantized"]
 _MODEL_TITLES = {"base": "Base", "dapt": "DAPT", "sft": "SFT", "quantized": "Quantized"}
@@ -28,6 +28,7 @@ _DECISIONS = {
     "hold": "A gate was missed: the alias stays where it is.",
     "fail": "A gate was missed that fails the run.",
 }
+_WORST = 10
 _GROUP_TITLES = {"exact.kind": "Kind of question", "exact.language": "Language asked"}
 
 
@@ -50,6 +51,8 @@ class Findings:
     history: Sequence[Curve]
     items: Sequence[Item]
     comparison: Comparison | None = None
+    judge: JudgeParams | None = None
+    """Who judged the answers of ``items``, and how."""
 
 
 def write(findings: Findings, *, directory: Path) -> None:
@@ -84,11 +87,34 @@ def render(findings: Findings) -> str:
         metrics=metrics,
         ledger=findings.ledger,
         comparison=findings.comparison,
+        judge=findings.judge,
+        judged=_judged(findings.items, metrics),
+        worst=_worst(findings.items, metrics),
         transition_titles=_TRANSITIONS,
         groups=[(title, _below(metrics, prefix)) for prefix, title in _GROUP_TITLES.items() if _below(metrics, prefix)],
         formats=_below(metrics, "format"),
         languages={name: rate for name, rate in _below(metrics, "language").items() if "." not in name},
     )
+
+
+def _judged(items: Sequence[Item], metrics: dict[str, float]) -> list[tuple[str, float | None, int, int]]:
+    """Title, mean score, answers with a score and answers without one of each judged model."""
+    rows = []
+    for name in MODELS:
+        told = [answer.judgement for item in items if (answer := item.models.get(name)) is not None and answer.judgement is not None]
+        scored = sum(judgement.score is not None for judgement in told)
+        if told:
+            rows.append((_MODEL_TITLES[name], metrics.get(f"judge.score.{name}"), scored, len(told) - scored))
+    return rows
+
+
+def _worst(items: Sequence[Item], metrics: dict[str, float]) -> list[tuple[Item, str, Judgement]]:
+    """The answers of the served model that the judge scored lowest, with its reasons; none that has full marks."""
+    served = next((name for name in reversed(MODELS) if f"judge.judged.{name}" in metrics), "")
+    answered = [(item, item.models[served]) for item in items if served in item.models]
+    scored = [(item, answer.answer, told) for item, answer in answered if (told := answer.judgement) is not None and told.score is not None]
+    low = sorted(scored, key=lambda row: row[2].score or 0.0)[:_WORST]
+    return [row for row in low if row[2].score != 1]
 
 
 def figure(value: float | None) -> str:

@@ -27,10 +27,12 @@ METRICS = (
     "serving.openai_format|tokens_per_second|tokens_per_second_4_streams|first_token_seconds",
     "size.base_bytes|merged_bytes|quantized_bytes",
     "deploy.memory_bytes|kv_bytes_per_token",
+    "judge.score|judged",
+    "judge.score|judged.<model>",
     "comparison.items|won|lost|exact_difference|exact_low|exact_high|loss_difference|loss_low|loss_high",
 )
-"""Fractions, not per cent. ``kind`` and ``language`` are those of the questions, ``name`` is one of ``params.formats``; ``parity.live`` and
-``serving`` are measured at deployment (:func:`is_live`)."""
+"""Fractions, not per cent. ``kind`` and ``language`` are those of the questions, ``name`` is one of ``params.formats``; ``judge`` alone
+is about the model to be served; ``parity.live`` and ``serving`` are measured at deployment (:func:`is_live`)."""
 
 _PLACES = {"<model>": "base|dapt|sft|quantized", "<transition>": "dapt|merged|quantized"}
 _ANY = "[a-z0-9_]+"

@@ -75,6 +75,11 @@ def _check_gates(recipe: Recipe, param: str) -> None:
                 f"{param}.stages.evaluate.formats ({', '.join(formats) or 'none'}).",
                 param=f"{param}.gates.{position}.metric",
             )
+        if gate.metric.startswith("judge.") and recipe.stages.evaluate.judge is None:
+            raise InvalidRequest(
+                f"{param}.gates.{position}.metric: {gate.metric} is a judge's, and {param}.stages.evaluate names none under judge.",
+                param=f"{param}.gates.{position}.metric",
+            )
         if recipe.stages.deploy is None and is_live(gate.metric):
             raise InvalidRequest(
                 f"{param}.gates.{position}.metric: {gate.metric} is measured when a model is deployed, and {param}.stages.deploy is null.",

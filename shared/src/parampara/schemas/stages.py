@@ -156,6 +156,22 @@ class QuantizeParams(Strict):
     """Training rows that ``gptq`` and ``smoothquant`` calibrate on."""
 
 
+class JudgeParams(Strict):
+    """A language model grades the answers. Where it is reached is a setting of the server, never part of a recipe."""
+
+    model: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][\w.:/@+-]*$")]
+    """As the endpoint names it."""
+    max_questions: Annotated[int, Field(ge=1, le=100_000)] = 100
+    """Held-out questions whose answers are judged, drawn with the recipe's seed."""
+    scale: Annotated[int, Field(ge=2, le=10)] = 5
+    """Grades are the whole numbers from 1 to this one; metrics and items hold (grade - 1) / (scale - 1)."""
+    rubric: Annotated[str, Field(min_length=1, max_length=8000)] = (
+        "Grade whether the answer says what the reference answer says. Facts, names and numbers have to agree; wording, order and length "
+        "do not matter. Give the highest grade to an answer that is correct and complete, a middle one where a part is missing or where a "
+        "statement beside the correct one contradicts the reference, and the lowest where the answer is wrong, empty or off the question."
+    )
+
+
 class EvaluateParams(Strict):
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 96
     max_questions: Annotated[int, Field(ge=1)] = 200
@@ -165,6 +181,8 @@ class EvaluateParams(Strict):
         Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")], Annotated[str, Field(max_length=1000), AfterValidator(_regular_expression)]
     ] = {}
     """Name to regular expression; the rate of answers that match is reported as ``format.<name>``."""
+    judge: JudgeParams | None = None
+    """None: answers are not judged."""
 
 
 class Gate(Strict):
@@ -374,6 +392,15 @@ class QuantizeResult(Strict):
     peak_memory_bytes: int
 
 
+class JudgeEndpoint(Strict):
+    """Where a judge is reached. Its key is in no configuration: the stage gets it apart, and only where it judges."""
+
+    base_url: str
+    """Of an OpenAI-compatible API, up to and with ``/v1``."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 60
+    concurrency: Annotated[int, Field(ge=1)] = 4
+
+
 class EvaluateConfig(Strict):
     """The models of one line, oldest first. Paths to adapters are applied on the model each was trained on."""
 
@@ -395,6 +422,8 @@ class EvaluateConfig(Strict):
     """How the model is to be served, for the estimate of the memory that it will need; None: not to be served."""
     champion: Path | None = None
     """Evaluation artifact of the model that serves now: its ``items.jsonl`` is compared with this evaluation's."""
+    judge_endpoint: JudgeEndpoint | None = None
+    """Where ``params.judge`` is reached."""
     gates: list[Gate] = []
     seed: int = 42
 
