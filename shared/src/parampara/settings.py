@@ -124,6 +124,9 @@ class EvaluatorSettings(BaseModel):
     """For one request; one that fails is sent five times."""
     judge_concurrency: Annotated[int, Field(ge=1, le=64)] = 4
     """Requests at one time."""
+    harness_tasks: Path | None = None
+    """Directory with tasks of lm-evaluation-harness, which recipes name under ``stages.evaluate.harness``; None: its own tasks only.
+    A task may hold code: whoever may start a run must not choose where tasks come from."""
 
     @field_validator("judge_base_url")
     @classmethod

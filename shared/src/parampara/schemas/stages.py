@@ -15,6 +15,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from parampara.schemas.metrics import harness_task
+
 Kind = Literal["dapt", "sft", "merge", "quantize", "evaluate", "deploy", "ingest"]
 ArtifactKind = Literal["dataset", "adapter", "merged_model", "quantized_model", "report"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -172,6 +174,29 @@ class JudgeParams(Strict):
     )
 
 
+class HarnessParams(Strict):
+    """Tasks of lm-evaluation-harness. Where further ones lie is a setting of the server, never part of a recipe."""
+
+    tasks: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$")]], Field(min_length=1, max_length=50)]
+    """Names of tasks or groups."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Examples of each task; None: all."""
+    num_fewshot: Annotated[int, Field(ge=0, le=100)] | None = None
+    """Solved examples before each question; None: as the task says."""
+    batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
+    apply_chat_template: bool = False
+    """Put each example to the model as a conversation."""
+
+    @model_validator(mode="after")
+    def _told_apart(self) -> HarnessParams:
+        names = [harness_task(task) for task in self.tasks]
+        if twice := next((task for task, name in zip(self.tasks, names, strict=True) if names.count(name) > 1), None):
+            raise ValueError(
+                f"tasks: {twice} is there twice, or differs from another by case or hyphens only; metrics could not tell them apart"
+            )
+        return self
+
+
 class EvaluateParams(Strict):
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 96
     max_questions: Annotated[int, Field(ge=1)] = 200
@@ -183,6 +208,8 @@ class EvaluateParams(Strict):
     """Name to regular expression; the rate of answers that match is reported as ``format.<name>``."""
     judge: JudgeParams | None = None
     """None: answers are not judged."""
+    harness: HarnessParams | None = None
+    """None: lm-evaluation-harness is not run."""
 
 
 class Gate(Strict):
@@ -424,6 +451,8 @@ class EvaluateConfig(Strict):
     """Evaluation artifact of the model that serves now: its ``items.jsonl`` is compared with this evaluation's."""
     judge_endpoint: JudgeEndpoint | None = None
     """Where ``params.judge`` is reached."""
+    harness_tasks: Path | None = None
+    """Directory with further tasks for ``params.harness``."""
     gates: list[Gate] = []
     seed: int = 42
 
@@ -446,8 +475,8 @@ class Sample(Strict):
 
 
 class EvaluateResult(Strict):
-    """``output`` holds report.json (this object), report.html, ledger.json, items.jsonl, README.md (a model card) and, with a champion,
-    comparison.json."""
+    """``output`` holds report.json (this object), report.html, ledger.json, items.jsonl, README.md (a model card), with a champion
+    comparison.json and, where it was asked for, harness.json."""
 
     output: Path
     metrics: dict[str, float]

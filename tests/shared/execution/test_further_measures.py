@@ -1,8 +1,9 @@
-"""A judge's endpoint comes from the settings, its key reaches one stage process and no file, and without an endpoint nothing starts."""
+"""A judge's endpoint and the directory of harness tasks come from the settings; the key reaches one stage process and no file."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,8 +59,28 @@ def test_an_evaluation_without_a_judge_gets_neither(judging: Any, monkeypatch: p
 def test_a_judged_evaluation_is_never_taken_from_an_earlier_run(judging: Any) -> None:
     data = {"books": [judging.book()], "qa": [judging.upload("{}", "qa.jsonl")]}
     outcomes = {}
-    for name, evaluate in {"first": JUDGED, "again": JUDGED, "plain": {}, "plain again": {}}.items():
+    tested = {"harness": {"tasks": ["stars"]}}
+    for name, evaluate in {
+        "first": JUDGED,
+        "again": JUDGED,
+        "tested": tested,
+        "tested again": tested,
+        "plain": {},
+        "plain again": {},
+    }.items():
         judging.start_run(evaluate=evaluate, deploy=None, datasets=data)
         outcomes[name] = judging.work()
     assert "evaluate:succeeded" in outcomes["again"] and "quantize:reused" in outcomes["again"]
+    assert "evaluate:succeeded" in outcomes["tested again"]
     assert "evaluate:reused" in outcomes["plain again"]
+
+
+def test_the_directory_of_tasks_is_this_machines(judging: Any, tmp_path: Path) -> None:
+    configured = judging.settings.evaluator.model_copy(update={"harness_tasks": tmp_path})
+    judging.settings = judging.settings.model_copy(update={"evaluator": configured})
+    run_id = judging.start_run(evaluate={"harness": {"tasks": ["stars"]}}, deploy=None)
+    judging.work()
+    directory = judging.settings.work_dir / judging.jobs(run_id)["evaluate"].id
+    config = json.loads((directory / "config.json").read_text())
+    assert (config["harness_tasks"], config["judge_endpoint"]) == (str(tmp_path), None)
+    assert KEY not in (directory / "attempt-1.log").read_text()
