@@ -63,11 +63,16 @@ def questions(count: int = 4) -> list[Question]:
 
 def judged(scripted: ScriptedJudge, *, quantized: list[str] | None = None, **params: Any) -> tuple[list[Item], Told]:
     asked, told = questions(), Told()
-    measured = {"base": _measured(["no"] * 4), "sft": _measured([f"It is Planet {number}." for number in range(4)])}
-    if quantized is not None:
-        measured["quantized"] = _measured(quantized)
+    answers = {"base": ["no"] * 4, "sft": [f"It is Planet {number}." for number in range(4)]}
+    items, measured = measured_answers(asked, **answers, **({"quantized": quantized} if quantized is not None else {}))
     judge = Judge(JudgeParams(model="grader", **params), scripted.endpoint, KEY)
-    return judge_items(judge, make_items(asked, measured), asked, measured, Meter(told, total=8)), told
+    return judge_items(judge, items, asked, measured, Meter(told, total=8)), told
+
+
+def measured_answers(asked: list[Question], **models: list[str]) -> tuple[list[Item], dict[str, Measured]]:
+    """What an evaluation knows of its questions when the judge's turn comes."""
+    measured = {name: _measured(answers) for name, answers in models.items()}
+    return make_items(asked, measured), measured
 
 
 def _measured(answers: list[str]) -> Measured:
@@ -151,7 +156,7 @@ def test_what_is_no_grade_is_counted_and_never_scored(scripted: ScriptedJudge, b
 
 
 @pytest.mark.parametrize("text", ['{"score": 4, "reason": "r"}', '```json\n{"reason": "r", "score": 4}\n```', '<think>{"score": 1}</think> {"reason": "r", "score": 4.0}',
-                                  'Here: {"reason": "r", "score": 4}. Done {not json}'])  # fmt: skip
+                                  'Here: {"reason": "r", "score": 4}. Done {not json}', '{"reason": "r", "also": "line\nbreak", "score": 4}'])  # fmt: skip
 def test_what_stands_around_the_grade_does_not_matter(text: str) -> None:
     assert read_grade(text, scale=5) == (4, "r")
 

@@ -138,7 +138,7 @@ def read_grade(text: str, *, scale: int) -> tuple[int, str]:
     """
     found = [item for item in _objects(_THOUGHT.sub("", text)) if "score" in item]
     if len(found) != 1:
-        raise Unreadable(f"{len(found) or 'no'} JSON objects with a score in the judge's reply")
+        raise Unreadable(f"{len(found) or 'no'} JSON objects with a score in the judge's reply, which begins {storable(text[:60])!r}")
     grade = found[0]["score"]
     if isinstance(grade, bool) or not isinstance(grade, int | float) or grade not in range(1, scale + 1):
         raise Unreadable(f"the judge's score is no whole number from 1 to {scale}: {storable(str(grade))[:40]}")
@@ -148,7 +148,7 @@ def read_grade(text: str, *, scale: int) -> tuple[int, str]:
 
 def _objects(text: str) -> list[dict[str, Any]]:
     """The outermost JSON objects of a text."""
-    decoder, found, start = json.JSONDecoder(), [], text.find("{")
+    decoder, found, start = json.JSONDecoder(strict=False), [], text.find("{")  # a reason may have a bare line break in it
     while start != -1:
         try:
             item, end = decoder.raw_decode(text, start)
