@@ -78,6 +78,6 @@ locks: setup-dev ## Resolve the images' packages again (docker/**/*.txt); ARGS=-
 	@$(BIN)/python scripts/locks.py $(ARGS)
 
 clean: ## Remove the environments and caches; the state in .parampara stays
-	rm -rf .venv .venv-vllm .venv-client .venv-llmcompressor .pytest_cache .ruff_cache .hypothesis .import_linter_cache build
+	rm -rf .venv .venv-vllm .venv-client .venv-llmcompressor .venv-lmeval .pytest_cache .ruff_cache .hypothesis .import_linter_cache build
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 	find . -name '*.egg-info' -type d -not -path './.git/*' -prune -exec rm -rf {} +

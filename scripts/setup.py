@@ -1,6 +1,6 @@
 """Make the two environments: ``.venv`` (platform, training, evaluation) and ``.venv-vllm`` (vLLM, which pins older packages).
 
-``python3 scripts/setup.py [--dev] [--only platform|vllm|client|llmcompressor] [--force]``. Needs Python 3.11 or newer with ``venv``,
+``python3 scripts/setup.py [--dev] [--only platform|vllm|client|llmcompressor|lmeval] [--force]``. Needs Python 3.11 or newer with ``venv``,
 nothing else: no compiler, no root. A second call notices that nothing has changed and ends at once; an interrupted one is simply
 called again.
 
@@ -83,7 +83,7 @@ def main() -> int:
     began = time.monotonic()
     try:
         with _alone():
-            make = {"platform": _platform, "vllm": _vllm, "client": _client, "llmcompressor": _llmcompressor}
+            make = {"platform": _platform, "vllm": _vllm, "client": _client, "llmcompressor": _llmcompressor, "lmeval": _lmeval}
             done = [make[name](arguments) for name in ([arguments.only] if arguments.only else ["platform", "vllm"])]
     except SetupFailed as error:
         return _fail(str(error))
@@ -168,16 +168,26 @@ def _client(arguments: argparse.Namespace) -> bool:
 
 
 def _llmcompressor(arguments: argparse.Namespace) -> bool:
-    """llm-compressor, for the quantizer's schemes gptq and smoothquant. Only made when asked for: most runs need neither."""
-    requirements, lock = (ROOT / "requirements" / name for name in ("llmcompressor.txt", "llmcompressor.lock.txt"))
-    environment = Environment(arguments.llmcompressor_env, [ROOT / "constraints.txt", requirements, lock])
+    """llm-compressor, for the quantizer's schemes gptq and smoothquant."""
+    return _library(arguments.llmcompressor_env, "llm-compressor", "llmcompressor", arguments)
+
+
+def _lmeval(arguments: argparse.Namespace) -> bool:
+    """lm-evaluation-harness, for the evaluator's ``harness``."""
+    return _library(arguments.lmeval_env, "lm-evaluation-harness", "lmeval", arguments)
+
+
+def _library(folder: Path, title: str, name: str, arguments: argparse.Namespace) -> bool:
+    """A library that one stage calls in a process of its own. Only made when asked for: most runs need none of them."""
+    requirements, lock = (ROOT / "requirements" / file for file in (f"{name}.txt", f"{name}.lock.txt"))
+    environment = Environment(folder, [ROOT / "constraints.txt", requirements, lock])
     if environment.is_current(dev=False) and not arguments.force:
         return False
-    steps = Steps("llm-compressor", environment.folder, total=3)
+    steps = Steps(title, environment.folder, total=3)
     environment.create(steps, free_bytes=4 * 2**30)
     choice = choose_torch(environment)
     _torch(environment, steps, choice, constraints=())
-    environment.pip(steps, "llm-compressor", "-c", str(lock), "-r", str(requirements), _torch_pin())
+    environment.pip(steps, title, "-c", str(lock), "-r", str(requirements), _torch_pin())
     _require_build(environment, choice)
     environment.finish(dev=False, torch=choice.build)
     return True
@@ -463,13 +473,15 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dev", action="store_true", help="also install the tools for tests and checks")
     parser.add_argument(
         "--only",
-        choices=["platform", "vllm", "client", "llmcompressor"],
-        help="make one environment; client: the `parampara` command for a platform elsewhere; llmcompressor: quantization with calibration",
+        choices=["platform", "vllm", "client", "llmcompressor", "lmeval"],
+        help="make one environment; client: the `parampara` command for a platform elsewhere; llmcompressor: calibrated quantization; "
+        "lmeval: tasks of lm-evaluation-harness",
     )
     parser.add_argument("--force", action="store_true", help="install again although nothing has changed")
     parser.add_argument("--platform-env", type=Path, default=ROOT / ".venv", help=argparse.SUPPRESS)
     parser.add_argument("--client-env", type=Path, default=ROOT / ".venv-client", help=argparse.SUPPRESS)
     parser.add_argument("--llmcompressor-env", type=Path, default=ROOT / ".venv-llmcompressor", help=argparse.SUPPRESS)
+    parser.add_argument("--lmeval-env", type=Path, default=ROOT / ".venv-lmeval", help=argparse.SUPPRESS)
     parser.add_argument("--vllm-env", type=Path, default=ROOT / ".venv-vllm", help=argparse.SUPPRESS)
     return parser.parse_args()
 

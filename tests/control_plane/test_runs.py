@@ -91,6 +91,7 @@ def _with(body: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("recipe.stages.dapt.lora.rank", 8, "recipe.stages.dapt.lora.rank"),
         ("recipe.stages.sft.train.learning_rate", 20, "recipe.stages.sft.train.learning_rate"),
         ("recipe.stages", [], "recipe.stages"),
+        ("recipe.stages.evaluate.judge", {"model": "grader"}, "recipe.stages.evaluate.judge"),  # no endpoint is configured here
         ("recipe.name", "Bad Name!", "recipe.name"),
         ("recipe.name", "x\u0000y", None),
         ("recipe.gates", [{"metric": "exact.sft"}], "recipe.gates.0"),

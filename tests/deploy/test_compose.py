@@ -191,6 +191,8 @@ def test_secrets_have_no_default(compose: Compose) -> None:
             assert name in word, f"the message for {name} names it"
     holders = [name for name, service in ours(compose).items() if "PARAMPARA_KEY_PEPPER" in service["environment"]]
     assert sorted(holders) == ["control-plane", "gateway"], "only what checks keys holds the pepper"
+    judging = [name for name, service in ours(compose).items() if "PARAMPARA_EVALUATOR__JUDGE_API_KEY" in service["environment"]]
+    assert judging == ["evaluator"], "only what asks the judge holds the judge's key"
 
 
 def test_containers_are_confined(compose: Compose) -> None:

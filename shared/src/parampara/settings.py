@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, SecretStr, model_validator
+from pydantic import BaseModel, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -113,6 +114,31 @@ class EmbedderSettings(BaseModel):
     dimensions: int = 384
 
 
+class EvaluatorSettings(BaseModel):
+    judge_base_url: str | None = None
+    """An OpenAI-compatible endpoint up to and with its ``/v1``, for recipes with ``stages.evaluate.judge``; None: such a recipe is refused.
+    A setting and not part of a recipe: whoever may start a run must not choose what this machine calls."""
+    judge_api_key: SecretStr = SecretStr("")
+    """Sent to it as a bearer token; empty: no such header."""
+    judge_timeout_seconds: Annotated[float, Field(gt=0, le=600)] = 60
+    """For one request; one that fails is sent five times."""
+    judge_concurrency: Annotated[int, Field(ge=1, le=64)] = 4
+    """Requests at one time."""
+    harness_tasks: Path | None = None
+    """Directory with tasks of lm-evaluation-harness, which recipes name under ``stages.evaluate.harness``; None: its own tasks only.
+    A task may hold code: whoever may start a run must not choose where tasks come from."""
+
+    @field_validator("judge_base_url")
+    @classmethod
+    def _plain_address(cls, url: str | None) -> str | None:
+        if not url:
+            return None
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("judge_base_url is http(s)://HOST/v1, without a user, a query or a fragment; the key is judge_api_key")
+        return url.rstrip("/")
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="PARAMPARA_", env_nested_delimiter="__", extra="ignore")
 
@@ -132,6 +158,7 @@ class Settings(BaseSettings):
     gateway: GatewaySettings = GatewaySettings()
     model_server: ModelServerSettings = ModelServerSettings()
     embedder: EmbedderSettings = EmbedderSettings()
+    evaluator: EvaluatorSettings = EvaluatorSettings()
     max_upload_bytes: Annotated[int, Field(ge=1)] = 209_715_200
 
     @property

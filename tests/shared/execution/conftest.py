@@ -66,9 +66,17 @@ class Queue:
             spec = {"inputs": inputs, "params": {}, "backend": "auto", "seed": 42, "reuse": False}
             return enqueue_job(session, kind="dapt", spec=spec).id
 
-    def start_run(self, *, gates: list[dict[str, Any]] | None = None, deploy: Any = "kp", seed: int = 42, **options: Any) -> str:
+    def start_run(
+        self,
+        *,
+        gates: list[dict[str, Any]] | None = None,
+        deploy: Any = "kp",
+        evaluate: dict[str, Any] | None = None,
+        seed: int = 42,
+        **options: Any,
+    ) -> str:
         datasets = options.pop("datasets", None) or {"books": [self.book()], "qa": [self.upload("{}", "qa.jsonl")]}
-        stages = {"deploy": {"alias": deploy} if isinstance(deploy, str) else deploy}
+        stages = {"deploy": {"alias": deploy} if isinstance(deploy, str) else deploy, "evaluate": evaluate or {}}
         recipe = parse_recipe({"name": "r", "base_model": "tiny", "seed": seed, "gates": gates or [], "stages": stages})
         with transaction(self.sessions) as session:
             return create_run(session, settings=self.settings, recipe=recipe, datasets=datasets, **options).id

@@ -78,6 +78,18 @@ def test_a_gate_without_a_real_bound_is_refused() -> None:
         ({}, [{"metric": "exact.sft", "min": 0.5}, {"metric": "no.such_metric", "min": 0.5}], "recipe.gates.1.metric"),
         ({}, [{"metric": "exact", "min": 0.5}], "recipe.gates.0.metric"),
         ({}, [{"metric": "parity.sft.kl", "max": 0.5}], "recipe.gates.0.metric"),
+        ({}, [{"metric": "judge.score", "min": 0.5}], "recipe.gates.0.metric"),
+        ({"evaluate": {"judge": {"model": "m", "base_url": "http://169.254.169.254/"}}}, [], "recipe.stages.evaluate.judge.base_url"),
+        ({"evaluate": {"judge": {"model": "m", "api_key": "k"}}}, [], "recipe.stages.evaluate.judge.api_key"),
+        ({"evaluate": {"judge": {"model": "m\nHost: x"}}}, [], "recipe.stages.evaluate.judge.model"),
+        ({"evaluate": {"harness": {"tasks": ["../stars.yaml"]}}}, [], "recipe.stages.evaluate.harness.tasks.0"),
+        ({"evaluate": {"harness": {"tasks": ["mmlu*"]}}}, [], "recipe.stages.evaluate.harness.tasks.0"),
+        ({"evaluate": {"harness": {"tasks": []}}}, [], "recipe.stages.evaluate.harness.tasks"),
+        ({"evaluate": {"harness": {"tasks": ["a-b", "A_b"]}}}, [], "recipe.stages.evaluate.harness"),
+        ({"evaluate": {"harness": {"tasks": ["stars"], "include_path": "/"}}}, [], "recipe.stages.evaluate.harness.include_path"),
+        ({"evaluate": {"harness": {"tasks": ["stars"]}}}, [{"metric": "harness.moons.acc", "min": 0}], "recipe.gates.0.metric"),
+        ({"evaluate": {"harness": {"tasks": ["stars"]}}}, [{"metric": "harness.stars", "min": 0}], "recipe.gates.0.metric"),
+        ({"evaluate": {"judge": {"model": "m", "scale": 1}}}, [], "recipe.stages.evaluate.judge.scale"),
         ({"evaluate": {"formats": {"rule": "^Rule"}}}, [{"metric": "format.rules", "min": 0.5}], "recipe.gates.0.metric"),
     ],
 )
@@ -91,7 +103,8 @@ def test_gates_may_name_every_metric_that_is_documented() -> None:
     names = [
         *("perplexity.quantized", "dapt.loss.after", "exact.base", "exact.kind.star_lord", "exact.language.hinglish", "format.rule"),
         *("language.reference.english", "quantize.same_answer", "parity.dapt.kl", "parity.merged.differs_from_base", "size.base_bytes"),
+        *("judge.score", "judge.judged", "judge.score.quantized", "harness.mmlu_pro.exact_match_custom"),
     ]
-    stages = {"evaluate": {"formats": {"rule": "^Rule"}}}
+    stages = {"evaluate": {"formats": {"rule": "^Rule"}, "judge": {"model": "m"}, "harness": {"tasks": ["MMLU-pro"]}}}
     recipe = parse_recipe({"name": "r", "base_model": "b", "stages": stages, "gates": [{"metric": name, "min": 0} for name in names]})
     assert [gate.metric for gate in recipe.gates] == names

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
+
 from parampara.execution.child import Stage, main
+from parampara.judges import KEY_VARIABLE
 from parampara.schemas.stages import EvaluateConfig
 
 
 def _evaluate():
     from evaluator.evaluate import run  # here, so that --help and the worker stay light
 
-    return run
+    return partial(run, judge_api_key=os.environ.pop(KEY_VARIABLE, ""))  # nothing that the stage starts inherits it
 
 
 if __name__ == "__main__":

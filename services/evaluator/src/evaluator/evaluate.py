@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluator import comparison, expectations, metrics, parity, plateau, report
+from evaluator import comparison, expectations, harness, judge, metrics, parity, plateau, report
 from evaluator.answers import compile_formats, generate
 from evaluator.card import model_card
 from evaluator.curves import read_curves
@@ -31,34 +31,45 @@ from parampara.schemas.stages import EvaluateConfig, EvaluateResult
 from parampara.storage import fsync_tree
 
 
-def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> EvaluateResult:
+def run(config: EvaluateConfig, *, workdir: Path, progress: Progress, judge_api_key: str = "") -> EvaluateResult:
     """Evaluate a line of models into ``workdir / "output"`` (report.json, report.html, ledger.json, items.jsonl, expectations.json,
     README.md, and comparison.json where there is a champion).
 
     Raises:
         InvalidData: a model directory or held-out file is not what it has to be.
-        InvalidRequest: a format of ``params.formats`` is not a regular expression.
+        InvalidRequest: a format of ``params.formats`` is not a regular expression, or the judge that is asked for has no endpoint or
+            refuses to grade, or lm-evaluation-harness or one of its tasks is not here.
+        Unavailable: the judge cannot be reached.
+        HarnessFailed: lm-evaluation-harness ended without a result.
         OutOfMemory: a model does not fit this machine.
         Preempted: asked to stop; the next attempt measures again.
     """
     started = time.monotonic()
     compile_formats(config.params.formats)
+    asked_judge = judge.find_judge(config, api_key=judge_api_key)
     progress.phase("read held-out data")
     material = read_material(config)
     line = members(config)
     check_weights(line)
-    meter = Meter(progress, total=sum(work(member, material) for member in line) + len(material.expected))
+    scratch = workdir / "probes"
+    shutil.rmtree(scratch, ignore_errors=True)
+    further = judge.work(asked_judge, config, len(material.held_out.questions)) + harness.work(config)
+    meter = Meter(progress, total=sum(work(member, material) for member in line) + len(material.expected) + further)
+    if asked_judge is not None:
+        judge.require_answering(asked_judge, meter)
     if material.held_out.trained_on:
         asked = len(material.held_out.questions)
         meter.warn(f"{material.held_out.trained_on} of {asked} held-out questions are asked in the training files too; bring others.")
-    scratch = workdir / "probes"
-    shutil.rmtree(scratch, ignore_errors=True)
     try:
+        tested = harness.evaluate(config, scratch=scratch, meter=meter)
         measured, recorded = measure_line(config, line, material, scratch=scratch, meter=meter)
         ledger = write_ledger(line, material, recorded, meter=meter)
         items = make_items(material.held_out.questions, measured)
         compared = _compare(config, items, meter)
+        if asked_judge is not None:
+            items = judge.judge_items(asked_judge, items, material.held_out.questions, measured, meter)
         values = metrics.collect(config, measured, material, ledger) | _plateau(config) | (compared.metrics() if compared else {})
+        values |= judge.metrics(items) | harness.metrics(tested, config.params.harness)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     known = {name: value for name, value in sorted(values.items()) if math.isfinite(value)}
@@ -76,7 +87,12 @@ def run(config: EvaluateConfig, *, workdir: Path, progress: Progress) -> Evaluat
     )
     meter.phase("write report")
     curves = read_curves(dapt=config.dapt_adapter, sft=config.sft_adapter)
-    _publish(config, Findings(result, ledger, curves, items, compared), measured[line[-1].name].expectations, workdir=workdir)
+    _publish(
+        config,
+        Findings(result, ledger, curves, items, compared, config.params.judge, tested),
+        measured[line[-1].name].expectations,
+        workdir=workdir,
+    )
     return result
 
 

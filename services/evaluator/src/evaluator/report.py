@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from evaluator import curves
 from evaluator.curves import Curve
+from evaluator.harness import FILE_NAME as HARNESS_FILE_NAME
 from evaluator.items import as_lines
-from parampara.schemas.comparison import Comparison, Item
+from parampara.schemas.comparison import Comparison, Item, Judgement
 from parampara.schemas.ledger import ParityLedger
-from parampara.schemas.stages import EvaluateResult
+from parampara.schemas.stages import EvaluateResult, JudgeParams
 
 MODELS = ["base", "dapt", "sft", "quantized"]
 _MODEL_TITLES = {"base": "Base", "dapt": "DAPT", "sft": "SFT", "quantized": "Quantized"}
@@ -28,6 +30,7 @@ _DECISIONS = {
     "hold": "A gate was missed: the alias stays where it is.",
     "fail": "A gate was missed that fails the run.",
 }
+_WORST = 10
 _GROUP_TITLES = {"exact.kind": "Kind of question", "exact.language": "Language asked"}
 
 
@@ -50,11 +53,15 @@ class Findings:
     history: Sequence[Curve]
     items: Sequence[Item]
     comparison: Comparison | None = None
+    judge: JudgeParams | None = None
+    """Who judged the answers of ``items``, and how."""
+    harness: Mapping[str, Any] = field(default_factory=dict)
+    """What lm-evaluation-harness found; empty where it was not asked."""
 
 
 def write(findings: Findings, *, directory: Path) -> None:
     """Write report.json (the result, its path left out), report.html, ledger.json, items.jsonl and, where two models were compared,
-    comparison.json into ``directory``."""
+    comparison.json, where lm-evaluation-harness was run, harness.json into ``directory``."""
     stored = findings.result.model_copy(update={"output": Path(".")})
     texts = {
         "report.json": stored.model_dump_json(indent=2) + "\n",
@@ -64,6 +71,8 @@ def write(findings: Findings, *, directory: Path) -> None:
     }
     if findings.comparison is not None:
         texts["comparison.json"] = findings.comparison.model_dump_json(indent=2) + "\n"
+    if findings.harness:
+        texts[HARNESS_FILE_NAME] = json.dumps(findings.harness, indent=2) + "\n"
     for name, text in texts.items():
         (directory / name).write_text(text, encoding="utf-8")
 
@@ -84,11 +93,47 @@ def render(findings: Findings) -> str:
         metrics=metrics,
         ledger=findings.ledger,
         comparison=findings.comparison,
+        judge=findings.judge,
+        judged=_judged(findings.items, metrics),
+        worst=_worst(findings.items, metrics),
+        harness=findings.harness,
+        tested=_tested(metrics, findings.harness),
         transition_titles=_TRANSITIONS,
         groups=[(title, _below(metrics, prefix)) for prefix, title in _GROUP_TITLES.items() if _below(metrics, prefix)],
         formats=_below(metrics, "format"),
         languages={name: rate for name, rate in _below(metrics, "language").items() if "." not in name},
     )
+
+
+def _judged(items: Sequence[Item], metrics: dict[str, float]) -> list[tuple[str, float | None, int, int]]:
+    """Title, mean score, answers with a score and answers without one of each judged model."""
+    rows = []
+    for name in MODELS:
+        told = [answer.judgement for item in items if (answer := item.models.get(name)) is not None and answer.judgement is not None]
+        scored = sum(judgement.score is not None for judgement in told)
+        if told:
+            rows.append((_MODEL_TITLES[name], metrics.get(f"judge.score.{name}"), scored, len(told) - scored))
+    return rows
+
+
+def _worst(items: Sequence[Item], metrics: dict[str, float]) -> list[tuple[Item, str, Judgement]]:
+    """The answers of the served model that the judge scored lowest, with its reasons; none that has full marks."""
+    served = next((name for name in reversed(MODELS) if f"judge.judged.{name}" in metrics), "")
+    answered = [(item, item.models[served]) for item in items if served in item.models]
+    scored = [(item, answer.answer, told) for item, answer in answered if (told := answer.judgement) is not None and told.score is not None]
+    low = sorted(scored, key=lambda row: row[2].score or 0.0)[:_WORST]
+    return [row for row in low if row[2].score != 1]
+
+
+def _tested(metrics: dict[str, float], found: Mapping[str, Any]) -> list[tuple[str, str, float, float | None]]:
+    """Task, figure, value and standard error of each figure of lm-evaluation-harness."""
+    figures = _below(metrics, "harness") if found else {}
+    rows = []
+    for name, value in figures.items():
+        task, _, told = name.partition(".")
+        if "_stderr" not in told:
+            rows.append((task, told, value, figures.get(f"{task}.{told}_stderr")))
+    return rows
 
 
 def figure(value: float | None) -> str:

@@ -11,14 +11,14 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import BaseModel, ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 import parampara
-from parampara import base_models, files
+from parampara import base_models, files, judges
 from parampara.db.models import Alias, Deployment, File, Job, Model, Run, VectorStore
 from parampara.errors import InvalidData, InvalidRequest, NotFound
 from parampara.execution import hooks
@@ -81,6 +81,8 @@ class Resolved:
     """None: the stage's product is never reused."""
     parents: list[str]
     """Artifact ids that go into the product's manifest."""
+    secrets: dict[str, str] = field(default_factory=dict, repr=False)
+    """Variables for the environment of the stage process, and for no file."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,9 @@ def resolve(gathered: Gathered, settings: Settings, storage: LocalStorage) -> Re
     except ValidationError as error:
         raise invalid(error, param="config") from None
     parents = [item.artifact_id for group in inputs.values() for item in group if item.artifact_id]
-    return Resolved(config, _cache_key(gathered, inputs, config_data.get("params")), list(dict.fromkeys(parents)))
+    parents = list(dict.fromkeys(parents))
+    key = _cache_key(gathered, inputs, config_data.get("params"))
+    return _with_what_is_here(config, parents, settings) if _asks_beyond_its_inputs(config) else Resolved(config, key, parents)
 
 
 def find_twin(session: Session, claim: Claim, cache_key: str) -> Job | None:
@@ -234,6 +238,23 @@ def _evaluate(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Set
         "deploy_params": gathered.spec.get("deploy_params"),
         "champion": inputs["champion"][0].path if "champion" in inputs else None,
     }
+
+
+def _asks_beyond_its_inputs(config: BaseModel) -> TypeGuard[EvaluateConfig]:
+    return isinstance(config, EvaluateConfig) and (config.params.judge is not None or config.params.harness is not None)
+
+
+def _with_what_is_here(config: EvaluateConfig, parents: list[str], settings: Settings) -> Resolved:
+    """With the judge's endpoint and key and the tasks of this machine, and never reused: a judge may have been away, or be another model
+    by now, and the tasks' files are no inputs of the job.
+
+    Raises:
+        InvalidRequest: no judge's endpoint is configured here.
+    """
+    endpoint = judges.endpoint(settings, config.params, param="params.judge")
+    secrets = {judges.KEY_VARIABLE: settings.evaluator.judge_api_key.get_secret_value()} if endpoint is not None else {}
+    tasks = settings.evaluator.harness_tasks.resolve() if config.params.harness is not None and settings.evaluator.harness_tasks else None
+    return Resolved(config.model_copy(update={"judge_endpoint": endpoint, "harness_tasks": tasks}), None, parents, secrets)
 
 
 def _deploy(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Settings) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from parampara.db.storable import storable
 from parampara.execution.child import SUPERVISOR_PID
@@ -17,6 +19,7 @@ from parampara.schemas.stages import Kind
 
 _SECRET_NAMES = re.compile(r"^(PARAMPARA_|PG|REDIS|CELERY|AWS_|AZURE_|GOOGLE_)|TOKEN$|SECRET|PASSWORD|API_?KEY|CREDENTIAL|DATABASE_URL")
 _TAIL_LINES = 200
+_NONE: Mapping[str, str] = MappingProxyType({})
 _TAIL_BYTES = 32_768
 
 
@@ -56,9 +59,12 @@ class StageProcess(ABC):
 
 
 class SpawnedStage(StageProcess):
-    """``python -m <service> <kind>``. Must be made and waited for by one thread: the process dies with that thread."""
+    """``python -m <service> <kind>``. Must be made and waited for by one thread: the process dies with that thread.
 
-    def __init__(self, *, service: str, kind: Kind, workdir: Path, log: Path) -> None:
+    ``secrets`` are added to its scrubbed environment: what this one stage cannot do without.
+    """
+
+    def __init__(self, *, service: str, kind: Kind, workdir: Path, log: Path, secrets: Mapping[str, str] = _NONE) -> None:
         with log.open("ab") as file:
             self._popen = subprocess.Popen(
                 [sys.executable, "-m", service, kind, "--config", str(workdir / "config.json"), "--workdir", str(workdir)],
@@ -66,7 +72,7 @@ class SpawnedStage(StageProcess):
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=stage_environment(),
+                env={**stage_environment(), **secrets},
             )
         super().__init__(self._popen.pid, log)
 

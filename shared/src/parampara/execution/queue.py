@@ -12,7 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from parampara import base_models, files
+from parampara import base_models, files, judges
 from parampara.db.models import Job, Run, new_id
 from parampara.errors import InvalidRequest, NotFound, WrongState
 from parampara.execution import hooks
@@ -49,6 +49,7 @@ def create_run(
         NotFound: a file id that does not exist; ``param`` is its place, e.g. ``datasets.qa``.
     """
     base_models.resolve(settings, recipe.base_model)
+    judges.endpoint(settings, recipe.stages.evaluate)
     checked = check_datasets(datasets)
     for key in DATASETS:
         files.get_files(session, checked[key], param=f"datasets.{key}", lock=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,7 +93,7 @@ class Supervisor:
             workdir.mkdir(parents=True, exist_ok=True)
             (workdir / "error.json").unlink(missing_ok=True)  # of an earlier attempt: not to be taken for this one's
             write_atomically(workdir / "config.json", prepared.config.model_dump_json(indent=1).encode())
-            ending = self._supervise(claim, lease, workdir)
+            ending = self._supervise(claim, lease, workdir, prepared.secrets)
         except ParamparaError as error:
             _log.warning("inputs are not usable", error=error.message)
             body = error.body()["error"]
@@ -137,10 +137,10 @@ class Supervisor:
                 if self._stopping.wait(_AGAIN_SECONDS):
                     raise
 
-    def _supervise(self, claim: Claim, lease: LeaseKeeper, workdir: Path) -> Ending:
+    def _supervise(self, claim: Claim, lease: LeaseKeeper, workdir: Path, secrets: Mapping[str, str]) -> Ending:
         """Start the stage and stay with it until it is dead; ends it when the lease, a user, the worker or a stall says so."""
         tail, book = ProgressTail(workdir / "progress.jsonl"), ProgressBook(claim.progress)
-        process = self._start(claim, workdir)
+        process = self._start(claim, workdir, secrets)
         lease.on_gone = process.kill
         if lease.gone:  # between the claim and the line above
             process.kill()
@@ -169,13 +169,13 @@ class Supervisor:
         self._flush(claim, lease, book)
         return read_ending(workdir, code, stopped_because=reason, log_tail=process.log_tail(), kind=claim.kind)
 
-    def _start(self, claim: Claim, workdir: Path) -> StageProcess:
+    def _start(self, claim: Claim, workdir: Path, secrets: Mapping[str, str]) -> StageProcess:
         log = workdir / f"attempt-{claim.attempt}.log"
-        if self._preloaded is not None:
+        if self._preloaded is not None and not secrets:  # a preloaded process has been given none
             self._preloaded.start()
             if stage := self._preloaded.launch(kind=claim.kind, config=workdir / "config.json", workdir=workdir, log=log):
                 return stage
-        return SpawnedStage(service=self._service, kind=claim.kind, workdir=workdir, log=log)
+        return SpawnedStage(service=self._service, kind=claim.kind, workdir=workdir, log=log, secrets=secrets)
 
     def _follow(self, claim: Claim, tail: ProgressTail, book: ProgressBook) -> bool:
         """Take in new lines of progress; True when there were any."""

@@ -9,11 +9,23 @@ from pydantic import Field
 from parampara.schemas.stages import Strict
 
 
+class Judgement(Strict):
+    """What a judge said about one answer: a score, or why there is none."""
+
+    score: Annotated[float, Field(ge=0, le=1)] | None = None
+    reason: str = ""
+    """In the judge's words."""
+    error: str = ""
+    """Why the answer was not judged."""
+
+
 class ItemAnswer(Strict):
     answer: str
     exact: bool
     loss: float | None = None
     """Mean negative log-likelihood of the reference answer, nats per token; None where the question alone fills the window."""
+    judgement: Annotated[Judgement | None, Field(exclude_if=lambda told: told is None)] = None
+    """None where no judge was asked about it; then it is not written."""
 
 
 class Item(Strict):

@@ -27,13 +27,22 @@ METRICS = (
     "serving.openai_format|tokens_per_second|tokens_per_second_4_streams|first_token_seconds",
     "size.base_bytes|merged_bytes|quantized_bytes",
     "deploy.memory_bytes|kv_bytes_per_token",
+    "judge.score|judged",
+    "judge.score|judged.<model>",
+    "harness.<task>.<figure>",
     "comparison.items|won|lost|exact_difference|exact_low|exact_high|loss_difference|loss_low|loss_high",
 )
-"""Fractions, not per cent. ``kind`` and ``language`` are those of the questions, ``name`` is one of ``params.formats``; ``parity.live`` and
+"""Fractions, not per cent. ``kind`` and ``language`` are those of the questions, ``name`` is one of ``params.formats`` and ``task`` one of
+``params.harness``, as :func:`harness_task` writes it; ``judge`` without a model is about the one to be served; ``parity.live`` and
 ``serving`` are measured at deployment (:func:`is_live`)."""
 
 _PLACES = {"<model>": "base|dapt|sft|quantized", "<transition>": "dapt|merged|quantized"}
 _ANY = "[a-z0-9_]+"
+
+
+def harness_task(name: str) -> str:
+    """A name of lm-evaluation-harness as a metric may hold it: ``MMLU-pro`` is ``mmlu_pro``."""
+    return re.sub(r"[^a-z0-9_]", "_", name.lower())
 
 
 def is_live(metric: str) -> bool:

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 
 from parampara.errors import InvalidRequest
 from parampara.plain_yaml import read_yaml
-from parampara.schemas.metrics import METRICS, is_live, is_reported
+from parampara.schemas.metrics import METRICS, harness_task, is_live, is_reported
 from parampara.schemas.stages import (
     DaptParams,
     DeployParams,
@@ -75,11 +75,27 @@ def _check_gates(recipe: Recipe, param: str) -> None:
                 f"{param}.stages.evaluate.formats ({', '.join(formats) or 'none'}).",
                 param=f"{param}.gates.{position}.metric",
             )
+        if gate.metric.startswith("judge.") and recipe.stages.evaluate.judge is None:
+            raise InvalidRequest(
+                f"{param}.gates.{position}.metric: {gate.metric} is a judge's, and {param}.stages.evaluate names none under judge.",
+                param=f"{param}.gates.{position}.metric",
+            )
+        if gate.metric.startswith("harness.") and gate.metric.split(".")[1] not in _harness_tasks(recipe):
+            raise InvalidRequest(
+                f"{param}.gates.{position}.metric: {gate.metric} is of no task in {param}.stages.evaluate.harness "
+                f"({', '.join(_harness_tasks(recipe)) or 'none'}).",
+                param=f"{param}.gates.{position}.metric",
+            )
         if recipe.stages.deploy is None and is_live(gate.metric):
             raise InvalidRequest(
                 f"{param}.gates.{position}.metric: {gate.metric} is measured when a model is deployed, and {param}.stages.deploy is null.",
                 param=f"{param}.gates.{position}.metric",
             )
+
+
+def _harness_tasks(recipe: Recipe) -> list[str]:
+    harness = recipe.stages.evaluate.harness
+    return [harness_task(task) for task in harness.tasks] if harness is not None else []
 
 
 def load_recipe(path: Path) -> Recipe:

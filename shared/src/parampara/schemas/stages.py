@@ -15,6 +15,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from parampara.schemas.metrics import harness_task
+
 Kind = Literal["dapt", "sft", "merge", "quantize", "evaluate", "deploy", "ingest"]
 ArtifactKind = Literal["dataset", "adapter", "merged_model", "quantized_model", "report"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -160,6 +162,45 @@ class QuantizeParams(Strict):
     """Training rows that ``gptq`` and ``smoothquant`` calibrate on."""
 
 
+class JudgeParams(Strict):
+    """A language model grades the answers. Where it is reached is a setting of the server, never part of a recipe."""
+
+    model: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][\w.:/@+-]*$")]
+    """As the endpoint names it."""
+    max_questions: Annotated[int, Field(ge=1, le=100_000)] = 100
+    """Held-out questions whose answers are judged, drawn with the recipe's seed."""
+    scale: Annotated[int, Field(ge=2, le=10)] = 5
+    """Grades are the whole numbers from 1 to this one; metrics and items hold (grade - 1) / (scale - 1)."""
+    rubric: Annotated[str, Field(min_length=1, max_length=8000)] = (
+        "Grade whether the answer says what the reference answer says. Facts, names and numbers have to agree; wording, order and length "
+        "do not matter. Give the highest grade to an answer that is correct and complete, a middle one where a part is missing or where a "
+        "statement beside the correct one contradicts the reference, and the lowest where the answer is wrong, empty or off the question."
+    )
+
+
+class HarnessParams(Strict):
+    """Tasks of lm-evaluation-harness. Where further ones lie is a setting of the server, never part of a recipe."""
+
+    tasks: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$")]], Field(min_length=1, max_length=50)]
+    """Names of tasks or groups."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Examples of each task; None: all."""
+    num_fewshot: Annotated[int, Field(ge=0, le=100)] | None = None
+    """Solved examples before each question; None: as the task says."""
+    batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
+    apply_chat_template: bool = False
+    """Put each example to the model as a conversation."""
+
+    @model_validator(mode="after")
+    def _told_apart(self) -> HarnessParams:
+        names = [harness_task(task) for task in self.tasks]
+        if twice := next((task for task, name in zip(self.tasks, names, strict=True) if names.count(name) > 1), None):
+            raise ValueError(
+                f"tasks: {twice} is there twice, or differs from another by case or hyphens only; metrics could not tell them apart"
+            )
+        return self
+
+
 class EvaluateParams(Strict):
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 96
     max_questions: Annotated[int, Field(ge=1)] = 200
@@ -169,6 +210,10 @@ class EvaluateParams(Strict):
         Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")], Annotated[str, Field(max_length=1000), AfterValidator(_regular_expression)]
     ] = {}
     """Name to regular expression; the rate of answers that match is reported as ``format.<name>``."""
+    judge: JudgeParams | None = None
+    """None: answers are not judged."""
+    harness: HarnessParams | None = None
+    """None: lm-evaluation-harness is not run."""
 
 
 class Gate(Strict):
@@ -379,6 +424,15 @@ class QuantizeResult(Strict):
     peak_memory_bytes: int
 
 
+class JudgeEndpoint(Strict):
+    """Where a judge is reached. Its key is in no configuration: the stage gets it apart, and only where it judges."""
+
+    base_url: str
+    """Of an OpenAI-compatible API, up to and with ``/v1``."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 60
+    concurrency: Annotated[int, Field(ge=1)] = 4
+
+
 class EvaluateConfig(Strict):
     """The models of one line, oldest first. Paths to adapters are applied on the model each was trained on."""
 
@@ -400,6 +454,10 @@ class EvaluateConfig(Strict):
     """How the model is to be served, for the estimate of the memory that it will need; None: not to be served."""
     champion: Path | None = None
     """Evaluation artifact of the model that serves now: its ``items.jsonl`` is compared with this evaluation's."""
+    judge_endpoint: JudgeEndpoint | None = None
+    """Where ``params.judge`` is reached."""
+    harness_tasks: Path | None = None
+    """Directory with further tasks for ``params.harness``."""
     gates: list[Gate] = []
     seed: int = 42
 
@@ -422,8 +480,8 @@ class Sample(Strict):
 
 
 class EvaluateResult(Strict):
-    """``output`` holds report.json (this object), report.html, ledger.json, items.jsonl, README.md (a model card) and, with a champion,
-    comparison.json."""
+    """``output`` holds report.json (this object), report.html, ledger.json, items.jsonl, README.md (a model card), with a champion
+    comparison.json and, where it was asked for, harness.json."""
 
     output: Path
     metrics: dict[str, float]

@@ -12,6 +12,9 @@ from sleepy import stages
 if __name__ == "__main__":
     if "PARAMPARA_DATABASE__URL" in os.environ and sys.argv[1] != "worker":
         sys.exit("a stage process must not see the settings")
+    print(
+        "settings and secrets:", {name: value for name, value in os.environ.items() if name.startswith("PARAMPARA_EVAL")}, file=sys.stderr
+    )
     main(
         "sleepy",
         stages={

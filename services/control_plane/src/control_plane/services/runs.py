@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from control_plane.services import recipes, run_views
 from control_plane.services.paging import page
-from parampara import base_models
+from parampara import base_models, judges
 from parampara.datasets import validate_books, validate_qa
 from parampara.db.models import File, Run
 from parampara.db.session import transaction
@@ -44,6 +44,7 @@ def create(sessions: sessionmaker[Session], settings: Settings, request: RunCrea
             return earlier
     recipe = recipes.from_request(request)
     base_models.resolve(settings, recipe.base_model)
+    judges.endpoint(settings, recipe.stages.evaluate)
     datasets = check_datasets(request.datasets.model_dump())
     if (deploy := recipe.stages.deploy) is not None:
         with transaction(sessions) as session:
