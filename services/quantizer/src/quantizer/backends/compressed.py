@@ -191,15 +191,28 @@ class _RowCopier:
             writer.write(torch.tensor(info.shape))
 
     def _merged(self, info: TensorInfo) -> Iterator[torch.Tensor]:
+        """Merged chunks are small, and rounding has a price per call: gathered to chunks as large as stored ones."""
+        step, wide = self._step(info), torch.promote_types(info.dtype, torch.float32)
+        gathered = self._raw.view(wide)[: step * info.row_elements].view(step, info.row_elements)
+        filled = 0
         try:
-            yield from self._model.rows(info.name, limit=info.dtype)
+            for rows in self._model.rows(info.name, limit=info.dtype):
+                if filled + rows.shape[0] > step:
+                    yield gathered[:filled]
+                    filled = 0
+                gathered[filled : filled + rows.shape[0]] = rows
+                filled += rows.shape[0]
         except Diverged as fault:
             raise Diverged(fault.message, param="model") from None
+        yield gathered[:filled]
 
     def _stored(self, info: TensorInfo) -> Iterator[torch.Tensor]:
-        file, step = self._model.base.home[info.name], max(1, self._elements // max(1, info.row_elements))
+        file, step = self._model.base.home[info.name], self._step(info)
         for start in range(0, info.rows, step):
             yield file.read_rows(info.name, start, min(start + step, info.rows), into=self._raw.view(info.dtype))
+
+    def _step(self, info: TensorInfo) -> int:
+        return max(1, self._elements // max(1, info.row_elements))
 
     def _rounded(self, rows: torch.Tensor, info: TensorInfo, scales: list[torch.Tensor]) -> torch.Tensor:
         codes, scale = self._round(rows, info.dtype)
