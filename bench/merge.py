@@ -25,13 +25,12 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+from adapters import adapters_of, make_adapters, merge_in_double, merge_with_peft
 from arms import goals_table, run
-from llama import LLAMA_8B, make_model, shapes
+from llama import LLAMA_8B, make_model
 
 SMALL = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 4096}
-RANK, ALPHA, ADAPTERS = 16, 32, 2
 GOALS = {"rss_gib": 1.0, "cpu_ratio": 0.5, "wall_ratio": 1.5, "kl_ratio": 1 / 50}
 
 
@@ -84,33 +83,7 @@ def _make(work: Path, options: argparse.Namespace) -> None:
     """A bfloat16 base of ``--layers`` layers and two adapters trained, so it is recorded, one after the other."""
     config = {**LLAMA_8B, "num_hidden_layers": options.layers}
     make_model(work / "base", config, seed=options.seed)
-    _make_adapters(work, config, options.seed)
-
-
-def _make_adapters(work: Path, config: dict[str, int], seed: int) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    from parampara.manifest import sha256_file, weights_fingerprint
-
-    base_sha256, before = weights_fingerprint(work / "base"), []
-    generator = torch.Generator().manual_seed(seed + 1)
-    for position in range(ADAPTERS):
-        directory = work / f"adapter{position}"
-        directory.mkdir()
-        tensors = {}
-        for name, shape in shapes(config).items():
-            if "_proj" in name:
-                stem = f"base_model.model.{name.removesuffix('.weight')}"
-                tensors[f"{stem}.lora_A.weight"] = torch.randn(RANK, shape[1], generator=generator) * shape[1] ** -0.5
-                tensors[f"{stem}.lora_B.weight"] = torch.randn(shape[0], RANK, generator=generator) * 0.01
-        save_file(tensors, str(directory / "adapter_model.safetensors"))
-        modules = sorted({name.split(".")[-2] for name in shapes(config) if "_proj" in name})
-        adapter = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": modules, "task_type": "CAUSAL_LM"}
-        (directory / "adapter_config.json").write_text(json.dumps(adapter), encoding="utf-8")
-        record = {"base_sha256": base_sha256, "lineage": {"base_sha256": base_sha256, "adapters": before.copy()}}
-        (directory / "training.json").write_text(json.dumps(record), encoding="utf-8")
-        before.append(sha256_file(directory / "adapter_model.safetensors"))
+    make_adapters(work / "base", work, config, seed=options.seed)
 
 
 def _copy(work: Path, options: argparse.Namespace) -> None:
@@ -128,21 +101,12 @@ def _ours(work: Path, options: argparse.Namespace) -> None:
     from parampara.progress import SilentProgress
     from parampara.schemas.stages import MergeConfig
 
-    config = MergeConfig(model=work / "base", adapters=[work / f"adapter{position}" for position in range(ADAPTERS)])
+    config = MergeConfig(model=work / "base", adapters=adapters_of(work))
     merge(config, workdir=work / "ours", progress=SilentProgress())
 
 
 def _peft(work: Path, options: argparse.Namespace, *, dtype: str = "auto") -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(str(work / "base"), dtype=dtype)
-    for position in range(ADAPTERS):
-        model = PeftModel.from_pretrained(model, str(work / f"adapter{position}")).merge_and_unload()
-    model.save_pretrained(str(work / "peft"))
-    for path in (work / "peft").iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    merge_with_peft(work / "base", adapters_of(work), work / "peft", dtype=dtype)
 
 
 def _divergence(work: Path, options: argparse.Namespace) -> None:
@@ -153,16 +117,8 @@ def _divergence(work: Path, options: argparse.Namespace) -> None:
 
     small, config = work / "small", {**SMALL, "num_hidden_layers": 8}
     make_model(small / "base", config, seed=options.seed, deviation=0.05)
-    _make_adapters(small, config, options.seed)
-    reference = {name: tensor.double() for name, tensor in load_file(str(small / "base" / "model.safetensors")).items()}
-    for position in range(ADAPTERS):
-        factors = load_file(str(small / f"adapter{position}" / "adapter_model.safetensors"))
-        for name in reference:
-            stem = f"base_model.model.{name.removesuffix('.weight')}"
-            if f"{stem}.lora_A.weight" in factors:
-                a, b = (factors[f"{stem}.lora_{side}.weight"].double() for side in "AB")
-                reference[name] += ALPHA / RANK * (b @ a)
-
+    adapters = make_adapters(small / "base", small, config, seed=options.seed)
+    reference = merge_in_double(load_file(str(small / "base" / "model.safetensors")), adapters)
     ids = torch.randint(0, config["vocab_size"], (4, 64), generator=torch.Generator().manual_seed(options.seed))
 
     def logits(weights: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -18,13 +18,14 @@ from parampara.errors import Diverged, InvalidData, Preempted
 from parampara.execution import stop
 from parampara.progress import SilentProgress
 from parampara.schemas.stages import QuantizeConfig, QuantizeParams, QuantizeResult
+from parampara.weights.merged import MergedModel
 from parampara.weights.tensor_files import Planned, ShardWriter
 from quantizer.backends import SchemeUnavailable
 from quantizer.backends.compressed import CHUNK_ELEMENTS, StreamedScheme, linear_layers, write
 from quantizer.quantize import run
 from tests.compressed import SCHEME
 from tests.quantizer.llmcompressor import PYTHON, needs_llmcompressor
-from tests.tiny_models import make_model
+from tests.tiny_models import make_model, record_training
 
 SCHEMES: tuple[StreamedScheme, ...] = get_args(StreamedScheme)
 PROJECTIONS = 14
@@ -207,8 +208,9 @@ def test_a_written_checkpoint_is_not_quantized_again(parent: Path, tmp_path: Pat
         write(tmp_path / "once", tmp_path / "twice", scheme=scheme, progress=SilentProgress())
 
 
-def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """The peak above the start is some chunks: 88 MB of weights in tensors of 16 MB pass through 25 MB."""
+@pytest.mark.parametrize("adapters", [0, 2])
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, adapters: int) -> None:
+    """The peak above the start is some chunks: 88 MB of weights in tensors of 16 MB pass through 25 MB, merged on the way or not."""
     model = make_model(tmp_path / "model", hidden=64, layers=1, dtype="bfloat16")
     config = json.loads((model / "config.json").read_text())
     config |= {"hidden_size": 1024, "intermediate_size": 8192, "vocab_size": 8192, "head_dim": 64, "num_attention_heads": 16}
@@ -227,11 +229,26 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
             rows = torch.randn(64, *tensor.shape[1:]).bfloat16()
             for _ in range(tensor.shape[0] // 64):
                 writer.write(rows)
+    stack = [random_adapter(layers, tmp_path / f"adapter{position}") for position in range(adapters)]
+    for position, adapter in enumerate(stack):
+        record_training(adapter, model, before=stack[:position], first=model)
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
     before = resident("VmRSS")
-    write(model, tmp_path / "out", scheme="w8a8", progress=SilentProgress())
+    with MergedModel(model, stack) as source:
+        write(source, tmp_path / "out", scheme="w8a8", progress=SilentProgress())
     assert (model / "model.safetensors").stat().st_size > 80e6
     assert resident("VmHWM") - before < 12 * 4 * CHUNK_ELEMENTS
+
+
+def random_adapter(layers: dict[str, tuple[int, int]], directory: Path) -> Path:
+    directory.mkdir()
+    factors = {}
+    for name, (rows, columns) in layers.items():
+        factors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(2, columns)
+        factors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(rows, 2)
+    save_file(factors, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 0.001}')
+    return directory
 
 
 def resident(key: str) -> int:

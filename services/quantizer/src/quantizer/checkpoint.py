@@ -16,6 +16,8 @@ from parampara.manifest import MANIFEST_NAME
 if TYPE_CHECKING:
     import torch
 
+    from parampara.weights.merged import MergedModel
+
 _EIGHT_BITS = {"I8", "F8_E4M3", "F8_E5M2"}
 _PACKED = ".weight_packed"
 """End of a name under which compressed-tensors stores four eight-bit weights in each int32."""
@@ -87,15 +89,27 @@ def quantized_weights(output: Path) -> list[str]:
     return names
 
 
-def open_model(model: Path) -> Any:
-    """A saved model in evaluation mode. On a GPU it runs in its stored type, on CPU an unquantized one runs in float32."""
+def directory_of(model: Path | MergedModel) -> Path:
+    """Where config and tokenizer lie; those of a base are its merged model's too."""
+    return model if isinstance(model, Path) else model.base.directory
+
+
+def open_model(model: Path | MergedModel) -> Any:
+    """A model in evaluation mode. On a GPU it runs in its stored type, on CPU an unquantized one runs in float32.
+
+    Adapters of a merged model are merged in memory, cast once to the type that it runs in.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    quantized = "quantization_config" in json.loads((model / "config.json").read_text(encoding="utf-8"))
+    directory = directory_of(model)
+    quantized = "quantization_config" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
     device: int | str = 0 if torch.cuda.is_available() else "cpu"
     dtype = "auto" if quantized or device == 0 else torch.float32
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map={"": device}, local_files_only=True).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device_map={"": device}, local_files_only=True).eval()
+    if not isinstance(model, Path):
+        _merge_into(loaded, model)
+    return loaded
 
 
 def next_token_log_probs(model: Path) -> torch.Tensor:
@@ -135,3 +149,13 @@ def agreement(parent: torch.Tensor, child: torch.Tensor) -> Agreement:
     kl = (parent.exp() * (parent - child)).sum(-1).mean()
     top1 = (parent.argmax(-1) == child.argmax(-1)).float().mean()
     return Agreement(kl=float(kl), top1=float(top1))
+
+
+def _merge_into(loaded: Any, model: MergedModel) -> None:
+    tensors = loaded.state_dict()
+    for name in model.changed:
+        info, start = model.tensors[name], 0
+        target = tensors[name].view(info.rows, info.row_elements)
+        for rows in model.rows(name):
+            target[start : start + rows.shape[0]].copy_(rows)
+            start += rows.shape[0]

@@ -24,6 +24,8 @@ from quantizer.checkpoint import agreement, open_model, probe_log_probs, read_co
 if TYPE_CHECKING:
     import torch
 
+    from parampara.weights.merged import MergedModel
+
 _LOGITS = 1 << 26
 """Logit values computed at once: 256 MiB in float32."""
 _MAX_ROWS = 64
@@ -90,9 +92,13 @@ def read_held_out(config: QuantizeConfig) -> HeldOut:
 
 
 def measure(
-    model: Path, held_out: HeldOut = NOTHING, progress: Progress | None = None, *, check_stop: Callable[[], None] = lambda: None
+    model: Path | MergedModel,
+    held_out: HeldOut = NOTHING,
+    progress: Progress | None = None,
+    *,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> Measured:
-    """Load a saved model, quantized or not, and measure it.
+    """Load a model, quantized or not, or a base with the adapters to merge into it, and measure it.
 
     Raises:
         OutOfMemoryError, MemoryError: it does not fit this machine.

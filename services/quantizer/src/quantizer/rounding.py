@@ -1,7 +1,7 @@
 """From rows of weights to eight-bit codes with one scale per row: the arithmetic of the schemes, a chunk of rows at a time.
 
 Symmetric uniform quantization: a weight w of a row becomes q = clamp(round(w / s), -128, 127) and stands for q * s. The scale s
-is stored in the weight's own type, and q is computed in float32 with the scale *as stored*, so that rounding the scale costs
+is stored in the model's own type, and q is computed in float32 with the scale *as stored*, so that rounding the scale costs
 nothing but a slightly other threshold.
 
 **The threshold.** With s = t / 127, weights above t are clipped, and the others carry uniform noise of variance s^2 / 12 (Banner
@@ -49,15 +49,18 @@ class RowRounder:
         self._bits = torch.empty(elements, dtype=torch.int32)
         self._codes = torch.empty(elements, dtype=torch.uint8)
 
-    def __call__(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, rows: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales of ``rows`` (``[r, n]``, FP16, BF16 or FP32).
 
-        Codes are ``[r, n]`` int8 or E4M3, or ``[r, ceil(n / 4)]`` int32; scales ``[r, 1]`` in the type of ``rows``.
+        Codes are ``[r, n]`` int8 or E4M3, or ``[r, ceil(n / 4)]`` int32; scales ``[r, 1]`` in ``dtype``, the model's, which may be
+        narrower than that of ``rows`` (None: the same).
 
         Raises:
             Diverged: a weight is not finite; the message counts rows from the start of the chunk.
         """
-        scales = self._scales(rows)
+        dtype = dtype or rows.dtype
+        rows = rows if self._exact else rows.to(dtype)
+        scales = self._scales(rows, dtype)
         codes = self._codes[: rows.numel()].view(FP8 if self._code == "fp8" else torch.int8).view(rows.shape)
         if self._exact:
             scaled = self._values[: rows.numel()].view(rows.shape).copy_(rows).mul_(scales.float().reciprocal())
@@ -69,7 +72,7 @@ class RowRounder:
             codes.copy_(scaled.round_().clamp_(-INT8_MAX - 1, INT8_MAX))
         return (pack(codes) if self._code == "packed" else codes), scales
 
-    def _scales(self, rows: torch.Tensor) -> torch.Tensor:
+    def _scales(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         bits = magnitude_bits(rows, out=self._bits)
         searched = self._exact and self._code != "fp8"
         largest = largest_magnitudes(bits, _TOP if searched else 1, dtype=rows.dtype)
@@ -78,12 +81,12 @@ class RowRounder:
             divisor = FP8_MAX if self._code == "fp8" else INT8_MAX + 0.5
             return _not_zero(largest[:, :1].to(rows.dtype) / divisor)
         if not searched:
-            return _storable(largest[:, :1] / FP8_MAX, rows.dtype)
+            return _storable(largest[:, :1] / FP8_MAX, dtype)
         thresholds, settled = clip_thresholds(largest, rows.shape[1])
         if not settled.all():
             all_of_them = bits[~settled].view(rows.dtype).float().sort(1, descending=True).values
             thresholds[~settled] = clip_thresholds(all_of_them, rows.shape[1])[0]
-        return _storable(thresholds[:, None] / INT8_MAX, rows.dtype)
+        return _storable(thresholds[:, None] / INT8_MAX, dtype)
 
 
 def clip_thresholds(largest: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:

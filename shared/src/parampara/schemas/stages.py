@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -140,6 +140,8 @@ class MergeParams(Strict):
 
 
 Scheme = Literal["unsloth", "bitsandbytes", "w8a8", "w8a16", "fp8", "gptq", "smoothquant"]
+StreamedScheme = Literal["w8a8", "w8a16", "fp8"]
+"""Those of this project's own writer, which reads the model a few rows at a time."""
 
 
 class QuantizeParams(Strict):
@@ -377,16 +379,32 @@ class MergeResult(Strict):
 
 class QuantizeConfig(Strict):
     """``text`` and ``qa`` are what the model was trained on, with the parameters and seed that say which part was held out. Without
-    them degradation is not measured."""
+    them degradation is not measured.
+
+    ``adapters`` are merged into ``model`` in the same pass, in order and as by stage merge; only the streamed schemes can."""
 
     kind: Literal["quantize"] = "quantize"
     model: Path
+    adapters: list[Path] = []
+    measure: bool = True
+    """False: nothing is loaded, so that the memory is that of writing; the streamed schemes only, and the record says that nothing
+    was measured."""
     text: TextData | None = None
     qa: QaData | None = None
     dapt_params: DaptParams = DaptParams()
     sft_params: SftParams = SftParams()
     params: QuantizeParams = QuantizeParams()
     seed: int = 42
+
+    @model_validator(mode="after")
+    def _what_only_the_streamed_schemes_can(self) -> QuantizeConfig:
+        others = [scheme for scheme in self.params.schemes if scheme not in get_args(StreamedScheme)]
+        if others and (self.adapters or not self.measure):
+            asked = "adapters are merged on the way" if self.adapters else "measure may be false"
+            raise ValueError(f"{asked} only with {', '.join(get_args(StreamedScheme))}: params.schemes holds {others[0]}")
+        if not self.measure and (self.text or self.qa):
+            raise ValueError("text and qa are what is measured on, and measure is false: leave out one or the other")
+        return self
 
 
 class SchemeAttempt(Strict):
@@ -408,11 +426,24 @@ class SchemeAttempt(Strict):
     """Writing and measuring."""
 
 
+class OnePassMerge(Strict):
+    """Adapters that were merged on the way into eight bits: no merged model was written."""
+
+    base_sha256: str
+    adapters: list[str]
+    """sha256 of each adapter_model.safetensors, in order."""
+    merged_tensors: int
+    max_abs_delta: float
+    """Largest change of any weight against the base."""
+
+
 class QuantizeResult(Strict):
     """``output`` holds a complete model directory and quantize.json (this object without paths, times and memory)."""
 
     output: Path
     scheme: Scheme
+    merge: OnePassMerge | None = None
+    """None: the model was quantized as it lay there."""
     attempts: list[SchemeAttempt]
     held_out_text_tokens: int = 0
     held_out_answer_tokens: int = 0

@@ -6,6 +6,7 @@ memory of one chunk.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -41,14 +42,19 @@ class MergedModel:
             for position, path in enumerate(adapters):
                 self.adapters.append(Adapter(path, position))
                 self.adapters[-1].check_against(self.base)
-            self.base_sha256 = weights_fingerprint(model)
-            check_lineage(self.adapters, self.base_sha256)
+            if self.adapters:
+                check_lineage(self.adapters, self.base_sha256)
         except BaseException:
             self.close()
             raise
         self.tensors = self.base.tensors
         self.changed: set[str] = set().union(*(adapter.targets for adapter in self.adapters))
         """Names of the tensors that an adapter changes."""
+
+    @functools.cached_property
+    def base_sha256(self) -> str:
+        """Fingerprint of the base's weights. All of its bytes are read for it: without adapters only when asked for."""
+        return weights_fingerprint(self.base.directory)
 
     def rows(self, name: str, *, limit: torch.dtype = torch.float32) -> Iterator[torch.Tensor]:
         """The merged tensor from its first row to its last, as chunks of whole rows, shape ``[n, row_elements]``.

@@ -1,7 +1,10 @@
 """compressed-tensors checkpoints, written in one pass whose memory does not grow with the model.
 
 Every linear layer but the output head is rounded by :mod:`quantizer.rounding`, a chunk of rows at a time; everything else is
-copied. The format is that of the compressed-tensors library (https://github.com/vllm-project/compressed-tensors), which vLLM and
+copied. What adapters change arrives merged in float32 and is rounded from there; the rest is read in the type that the base stores,
+which is also that of the scales and of all that is not rounded to eight bits.
+
+The format is that of the compressed-tensors library (https://github.com/vllm-project/compressed-tensors), which vLLM and
 transformers load:
 
 - ``w8a8``: ``weight`` int8 [out, in], ``weight_scale`` [out, 1]; vLLM rounds activations to int8 per token as they come.
@@ -12,23 +15,25 @@ transformers load:
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from parampara.errors import Diverged, InvalidData, Preempted
 from parampara.execution import stop
 from parampara.progress import Progress
-from parampara.weights.model_files import ModelFiles
+from parampara.schemas.stages import StreamedScheme
+from parampara.weights.merged import MergedModel
 from parampara.weights.sharding import shards, write_index
 from parampara.weights.tensor_files import Planned, ShardWriter, TensorInfo
 from quantizer.backends import SchemeUnavailable
-from quantizer.checkpoint import copy_companions, faults_as, read_config
+from quantizer.checkpoint import copy_companions, directory_of, faults_as, read_config
 from quantizer.rounding import FP8, Code, Rounding, RowRounder, check_finite, largest_magnitudes, magnitude_bits
 
-StreamedScheme = Literal["w8a8", "w8a16", "fp8"]
 CHUNK_ELEMENTS = 1 << 19
 """Weights in one chunk: large enough that calls cost little, small enough that its float32 copy stays in the cache."""
 MAX_SHARD_BYTES = 5_000_000_000
@@ -45,7 +50,7 @@ class Layers:
 
 
 def write(
-    model: Path,
+    model: Path | MergedModel,
     output: Path,
     *,
     scheme: StreamedScheme,
@@ -56,23 +61,23 @@ def write(
     """Write ``model`` in ``scheme`` to the new directory ``output``, in files of ``max_shard_bytes`` or one tensor.
 
     Raises:
-        InvalidData: a shard is missing or damaged, or config.json describes other shapes.
-        Diverged: a weight is infinite or not a number.
+        InvalidData: a shard is missing or damaged, config.json describes other shapes, or the adapters change nothing.
+        Diverged: a weight is infinite, not a number, or too large for the base's type once merged.
         SchemeUnavailable: the architecture stores its linear layers under other names or in another type.
         Preempted: asked to stop.
     """
-    config = read_config(model)
-    layers = linear_layers(model)
-    files = ModelFiles(model)
-    try:
-        _check(layers, files.tensors)
+    directory = directory_of(model)
+    config = read_config(directory)
+    layers = linear_layers(directory)
+    with MergedModel(model) if isinstance(model, Path) else nullcontext(model) as source:
+        _check(layers, source.tensors)
         output.mkdir(parents=True)
-        _write_tensors(files, output, layers=layers, code=_CODES[scheme], rounding=rounding, limit=max_shard_bytes, progress=progress)
-    finally:
-        files.close()
+        _write_tensors(source, output, layers=layers, code=_CODES[scheme], rounding=rounding, limit=max_shard_bytes, progress=progress)
+        if source.adapters and not source.max_abs_delta:
+            raise InvalidData("The adapters would change nothing: every delta is zero. Were they trained?", param="adapters")
     config["quantization_config"] = quantization_config(scheme, ignore=layers.heads)
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    copy_companions(model, output)
+    copy_companions(directory, output)
 
 
 def linear_layers(model: Path) -> Layers:
@@ -129,18 +134,18 @@ def _check(layers: Layers, tensors: dict[str, TensorInfo]) -> None:
 
 
 def _write_tensors(
-    files: ModelFiles, output: Path, *, layers: Layers, code: Code, rounding: Rounding, limit: int, progress: Progress
+    model: MergedModel, output: Path, *, layers: Layers, code: Code, rounding: Rounding, limit: int, progress: Progress
 ) -> None:
     rounded = {f"{name}.weight" for name in layers.shapes}
-    planned = shards({name: _planned(info, code if name in rounded else None) for name, info in files.tensors.items()}, limit)
-    copy = _RowCopier(files, code=code, rounding=rounding)
+    planned = shards({name: _planned(info, code if name in rounded else None) for name, info in model.tensors.items()}, limit)
+    copy = _RowCopier(model, code=code, rounding=rounding)
     done = 0
     for file, groups in planned.items():
         with ShardWriter(output / file, [tensor for group in groups.values() for tensor in group]) as writer:
             for name in groups:
                 copy(name, writer, rounded=name in rounded)
                 done += 1
-                progress.step(done, len(files.tensors))
+                progress.step(done, len(model.tensors))
     write_index(output, planned)
 
 
@@ -159,9 +164,9 @@ def _planned(info: TensorInfo, code: Code | None) -> list[Planned]:
 class _RowCopier:
     """Copies tensors from the parent to a shard, rounding where asked. Its memory is made once and holds one chunk of rows."""
 
-    def __init__(self, files: ModelFiles, *, code: Code, rounding: Rounding) -> None:
-        elements = max(CHUNK_ELEMENTS, *(info.row_elements for info in files.tensors.values()))
-        self._files = files
+    def __init__(self, model: MergedModel, *, code: Code, rounding: Rounding) -> None:
+        elements = max(CHUNK_ELEMENTS, *(info.row_elements for info in model.tensors.values()))
+        self._model = model
         self._code = code
         self._round = RowRounder(code, rounding, elements=elements)
         self._elements = elements
@@ -169,23 +174,53 @@ class _RowCopier:
         self._bits = torch.empty(elements, dtype=torch.int32)
 
     def __call__(self, name: str, writer: ShardWriter, *, rounded: bool) -> None:
-        info, file = self._files.tensors[name], self._files.home[name]
-        step = max(1, self._elements // max(1, info.row_elements))
+        info = self._model.tensors[name]
         scales: list[torch.Tensor] = []
-        for start in range(0, info.rows, step):
+        start = 0
+        for rows in self._merged(info) if name in self._model.changed else self._stored(info):
             if stop.requested():
                 raise Preempted("Asked to stop during quantization; the next attempt starts this stage again.")
-            rows = file.read_rows(name, start, min(start + step, info.rows), into=self._raw.view(info.dtype))
             try:
-                if rounded:
-                    rows, scale = self._round(rows)
-                    scales.append(scale)
-                elif info.dtype in _ROUNDED and rows.numel():
-                    check_finite(largest_magnitudes(magnitude_bits(rows, out=self._bits), 1, dtype=rows.dtype))
+                writer.write(self._rounded(rows, info, scales) if rounded else self._finite(rows, info))
             except Diverged as fault:
-                raise Diverged(f"{info.name}, from row {start} on: {fault.message}", param="model") from None
-            writer.write(rows)
+                raise Diverged(f"{name}, from row {start} on: {fault.message}", param="model") from None
+            start += rows.shape[0]
         if rounded:
             writer.write(torch.cat(scales))
         if rounded and self._code == "packed":
             writer.write(torch.tensor(info.shape))
+
+    def _merged(self, info: TensorInfo) -> Iterator[torch.Tensor]:
+        """Merged chunks are small, and rounding has a price per call: gathered to chunks as large as stored ones."""
+        step, wide = self._step(info), torch.promote_types(info.dtype, torch.float32)
+        gathered = self._raw.view(wide)[: step * info.row_elements].view(step, info.row_elements)
+        filled = 0
+        try:
+            for rows in self._model.rows(info.name, limit=info.dtype):
+                if filled + rows.shape[0] > step:
+                    yield gathered[:filled]
+                    filled = 0
+                gathered[filled : filled + rows.shape[0]] = rows
+                filled += rows.shape[0]
+        except Diverged as fault:
+            raise Diverged(fault.message, param="model") from None
+        yield gathered[:filled]
+
+    def _stored(self, info: TensorInfo) -> Iterator[torch.Tensor]:
+        file, step = self._model.base.home[info.name], self._step(info)
+        for start in range(0, info.rows, step):
+            yield file.read_rows(info.name, start, min(start + step, info.rows), into=self._raw.view(info.dtype))
+
+    def _step(self, info: TensorInfo) -> int:
+        return max(1, self._elements // max(1, info.row_elements))
+
+    def _rounded(self, rows: torch.Tensor, info: TensorInfo, scales: list[torch.Tensor]) -> torch.Tensor:
+        codes, scale = self._round(rows, info.dtype)
+        scales.append(scale)
+        return codes
+
+    def _finite(self, rows: torch.Tensor, info: TensorInfo) -> torch.Tensor:
+        stored = rows.to(info.dtype)
+        if info.dtype in _ROUNDED and stored.numel():
+            check_finite(largest_magnitudes(magnitude_bits(stored, out=self._bits), 1, dtype=info.dtype))
+        return stored
