@@ -14,7 +14,7 @@ from parampara.db.models import Alias, File, Job, new_id
 from parampara.execution import hooks
 from parampara.files import path_of
 from parampara.progress import SilentProgress
-from parampara.schemas.stages import IngestConfig, IngestDocument
+from parampara.schemas.ingest import IngestConfig, IngestDocument
 from tests.gateway.conftest import Running
 
 DASHA = """# Vimshottari periods

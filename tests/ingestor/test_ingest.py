@@ -18,7 +18,7 @@ from ingestor.tokens import estimate_tokens
 from parampara.errors import InvalidData, InvalidRequest, Preempted, Unavailable
 from parampara.execution import stop
 from parampara.progress import SilentProgress
-from parampara.schemas.stages import IngestConfig, IngestDocument, IngestResult
+from parampara.schemas.ingest import IngestConfig, IngestDocument, IngestResult
 from tests.conftest import free_port
 from tests.gateway.servers import EMBEDDING_MODEL, embedder_url
 

@@ -99,6 +99,7 @@ class JudgeClient:
         return Judgement(score=(grade - 1) / (self._params.scale - 1), reason=storable(reason)[:_REASON_CHARACTERS])
 
     async def _complete(self, request: dict[str, Any]) -> str:
+        fault = ""
         for attempt in range(1, _ATTEMPTS + 1):
             wait = _BACKOFF_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1)  # apart, or all that failed together come again together
             try:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pydantic import BaseModel
 
 from parampara.execution.child import Stage, main
-from parampara.schemas.stages import IngestConfig
+from parampara.schemas.ingest import IngestConfig
 
 
 def _ingest() -> Callable[..., BaseModel | None]:

@@ -21,7 +21,7 @@ from parampara.datasets.chunks import Chunk, chunk_document
 from parampara.errors import InvalidData, InvalidRequest, Preempted
 from parampara.execution import stop
 from parampara.progress import Progress
-from parampara.schemas.stages import IngestConfig, IngestDocument, IngestResult
+from parampara.schemas.ingest import IngestConfig, IngestDocument, IngestResult
 from parampara.storage import write_atomically
 
 

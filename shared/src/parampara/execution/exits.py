@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from parampara.db.storable import storable
 from parampara.errors import EXIT_BAD_INPUT, EXIT_BUSY, EXIT_DISK_FULL, EXIT_DIVERGED, EXIT_OK, EXIT_OUT_OF_MEMORY, EXIT_PREEMPTED
-from parampara.schemas.stages import DeployResult, EvaluateResult, IngestResult, Kind, MergeResult, QuantizeResult, TrainResult
+from parampara.schemas.ingest import IngestResult
+from parampara.schemas.stages import DeployResult, EvaluateResult, Kind, MergeResult, QuantizeResult, TrainResult
 
 RESULTS: dict[Kind, type[BaseModel]] = {
     "dapt": TrainResult,

@@ -26,17 +26,9 @@ from parampara.execution.leases import Claim, hold
 from parampara.execution.runs import lock_run, settle
 from parampara.manifest import sha256_file
 from parampara.plan import STAGE_VERSIONS
+from parampara.schemas.ingest import IngestConfig
 from parampara.schemas.recipe import invalid
-from parampara.schemas.stages import (
-    DaptConfig,
-    DeployConfig,
-    EvaluateConfig,
-    IngestConfig,
-    Kind,
-    MergeConfig,
-    QuantizeConfig,
-    SftConfig,
-)
+from parampara.schemas.stages import DaptConfig, DeployConfig, EvaluateConfig, Kind, MergeConfig, QuantizeConfig, SftConfig
 from parampara.settings import Settings
 from parampara.storage import LocalStorage
 

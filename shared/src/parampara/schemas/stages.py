@@ -588,33 +588,5 @@ class DeployResult(Strict):
     """Why there are no metrics."""
 
 
-class IngestDocument(Strict):
-    file_id: str
-    filename: str
-    path: Path
-
-
-class IngestConfig(Strict):
-    kind: Literal["ingest"] = "ingest"
-    vector_store_id: str
-    documents: Annotated[list[IngestDocument], Field(min_length=1)]
-    embedder_url: str
-    embedding_model: str
-    chunk_tokens: Annotated[int, Field(ge=100, le=4096)] = 800
-    chunk_overlap_tokens: Annotated[int, Field(ge=0)] = 400
-
-
-class IngestResult(Strict):
-    """``output`` holds chunks.jsonl (file_id, position, text, page, embedding), which the worker writes to pgvector."""
-
-    output: Path
-    documents: int
-    chunks: int
-    tokens: int
-    seconds: float
-    failed: dict[str, str] = {}
-    """file id to the reason why it has no chunks."""
-
-
 DeployConfig.model_rebuild()
 EvaluateConfig.model_rebuild()

@@ -6,7 +6,8 @@ import threading
 import time
 
 from parampara.execution.child import Stage, main
-from parampara.schemas.stages import DaptConfig, DeployConfig, EvaluateConfig, IngestConfig, MergeConfig, QuantizeConfig, SftConfig
+from parampara.schemas.ingest import IngestConfig
+from parampara.schemas.stages import DaptConfig, DeployConfig, EvaluateConfig, MergeConfig, QuantizeConfig, SftConfig
 from sleepy import stages
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from parampara.errors import Diverged, InvalidData, OutOfMemory, Preempted, Work
 from parampara.execution import stop
 from parampara.gates import apply, decide
 from parampara.progress import Progress
+from parampara.schemas.ingest import IngestConfig, IngestResult
 from parampara.schemas.stages import (
     DaptConfig,
     DeployConfig,
@@ -20,8 +21,6 @@ from parampara.schemas.stages import (
     EvaluateConfig,
     EvaluateResult,
     GateResult,
-    IngestConfig,
-    IngestResult,
     MergeConfig,
     MergeResult,
     QuantizeConfig,
