@@ -42,18 +42,21 @@ def main() -> int:
     if fault := engine_fault():
         print(f"{'skipped' if arguments.skip_without_engine else 'compose-demo failed'}: {fault}", file=sys.stderr)
         return 0 if arguments.skip_without_engine else 1
+    started = False
     try:
         if not ENV.exists():
             require_no_volumes()
         if write_env(ENV):
             print(f"wrote {ENV.name} with random secrets", flush=True)
+        require_port()
+        started = True
         up()
         code = demo(arguments)
     except DemoFailed as error:
         print(f"\ncompose-demo failed: {error}", file=sys.stderr)
         code = 1
     finally:
-        if arguments.down:
+        if arguments.down and started:  # else what is there is an earlier stack's
             compose("down", "--volumes", "--remove-orphans", check=False)
     if not arguments.down:
         print("the stack stays up; `docker compose down` stops it, `docker compose down --volumes` also deletes what it made")
@@ -133,7 +136,6 @@ def up() -> None:
     Raises:
         DemoFailed: compose could not; with the last words of each service that is not well.
     """
-    require_port()
     if compose("up", "--build", "--wait", "--wait-timeout", str(UP_SECONDS), check=False).returncode != 0:
         raise DemoFailed(f"`docker compose up --build --wait` did not succeed.\n{ailing()}")
 

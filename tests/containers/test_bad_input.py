@@ -38,13 +38,15 @@ def test_volumes_without_their_env_file_are_named_before_anything_is_built(tmp_p
     shutil.copy(ROOT / ".env.example", tmp_path)
     _docker("volume", "create", "--label", f"com.docker.compose.project={project}", volume)
     try:
-        command = [sys.executable, str(tmp_path / "scripts/compose_demo.py")]
-        environment = {**os.environ, "COMPOSE_PROJECT_NAME": project}
+        shutil.copy(ROOT / "compose.yaml", tmp_path)
+        command = [sys.executable, str(tmp_path / "scripts/compose_demo.py"), "--down"]
+        environment = {**os.environ, "COMPOSE_PROJECT_NAME": project, **dict.fromkeys(SECRETS, "x")}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 1
         assert volume in done.stderr
         assert f"docker compose --project-name {project}" in done.stderr
         assert not (tmp_path / ".env").exists()
+        assert _docker("volume", "inspect", volume).returncode == 0, "what was refused is not deleted either"
     finally:
         _docker("volume", "rm", volume)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -156,16 +157,30 @@ def test_a_failure_is_told_with_its_last_words(line: Line, tmp_path: Path, prete
     assert caught.value.code == "harness_failed"
 
 
-def test_a_wish_to_stop_ends_the_library(line: Line, tmp_path: Path, pretended: Path) -> None:
-    pretended.write_text("import time\ntime.sleep(60)\n")
-    stop.request()
-    began = time.monotonic()
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_wish_to_stop_ends_the_library(line: Line, tmp_path: Path, pretended: Path, monkeypatch: pytest.MonkeyPatch, deaf: bool) -> None:
+    """Also one that does not hear SIGTERM."""
+    monkeypatch.setattr(harness, "_STOP_SECONDS", 1.0)
+    told = tmp_path / "pid"
+    ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" if deaf else ""
+    pretended.write_text(
+        f"import os, pathlib, signal, time\n{ignore}path = pathlib.Path({str(told)!r})\n"
+        "path.with_suffix('.new').write_text(str(os.getpid()))\npath.with_suffix('.new').rename(path)\ntime.sleep(60)\n"
+    )
+
+    def stop_when_it_runs() -> None:
+        while not told.exists():
+            time.sleep(0.05)
+        stop.request()
+
+    threading.Thread(target=stop_when_it_runs, daemon=True).start()
     try:
         with pytest.raises(Preempted):
             evaluate(line, tmp_path)
     finally:
         stop.clear()
-    assert time.monotonic() - began < 10
+    assert not Path(f"/proc/{told.read_text()}").exists()
+    assert not (tmp_path / "scratch").exists()
 
 
 def test_the_librarys_figures_become_metrics() -> None:
@@ -173,13 +188,14 @@ def test_the_librarys_figures_become_metrics() -> None:
     found = {
         "results": {
             "MMLU-pro": {"alias": "MMLU-pro", "acc,none": 0.5, "acc_stderr,none": "N/A", "sample_len": 4},
-            "gsm8k": {"exact_match,strict-match": 0.25, "exact_match,flexible-extract": 1},
+            "gsm8k": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.5, "exact_match,flexible-extract": 1},
             "mmlu_part": {"acc,none": 0.1},
         }
     }
     assert harness.metrics(found, params) == {
         "harness.mmlu_pro.acc": 0.5,
         "harness.gsm8k.exact_match_strict_match": 0.25,
+        "harness.gsm8k.exact_match_strict_match_stderr": 0.5,
         "harness.gsm8k.exact_match_flexible_extract": 1.0,
     }
     assert harness.metrics({}, None) == {}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from parampara.execution import stop
 from parampara.progress import SilentProgress
 from parampara.schemas.comparison import Item
 from parampara.schemas.metrics import is_reported
-from parampara.schemas.stages import EvaluateParams, Gate, JudgeParams
+from parampara.schemas.stages import EvaluateParams, Gate, JudgeEndpoint, JudgeParams
 from tests.conftest import free_port
 from tests.evaluator.judges import ScriptedJudge, completion, graded, refused, serving
 from tests.evaluator.lines import FORMATS, Line
@@ -212,6 +215,28 @@ def test_the_key_is_in_no_message(scripted: ScriptedJudge) -> None:
         items, told = judged(scripted)
         assert KEY not in "".join(item.model_dump_json() for item in items) + "".join(told.warnings)
     assert KEY not in repr(Judge(JudgeParams(model="m"), scripted.endpoint, KEY))
+
+
+def test_an_endpoint_that_never_ends_its_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then keeps the library's own timeouts from ever running out."""
+    monkeypatch.setattr(judge_client, "_ATTEMPTS", 1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=_drip, args=(server,), daemon=True)
+        thread.start()
+        endpoint = JudgeEndpoint(base_url=f"http://127.0.0.1:{server.getsockname()[1]}", timeout_seconds=1, concurrency=1)
+        began = time.monotonic()
+        with pytest.raises(Unavailable, match="TimeoutError"):
+            require_answering(Judge(JudgeParams(model="judge"), endpoint), Meter(SilentProgress(), total=1))
+        assert time.monotonic() - began < 10
+
+
+def _drip(server: socket.socket) -> None:
+    connection, _ = server.accept()
+    with connection, suppress(OSError):
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+        while True:
+            connection.sendall(b" ")
+            time.sleep(0.1)
 
 
 def test_a_wish_to_stop_ends_it_at_once(scripted: ScriptedJudge) -> None:

@@ -11,7 +11,7 @@ from parampara.progress import SilentProgress
 from parampara.schemas.stages import TextData
 from tests.trainer.runs import dapt_config, write_book
 from trainer import dapt
-from trainer.blocks import build_rows, end_of_text
+from trainer.blocks import _parts, build_rows, end_of_text
 from trainer.engine import load_tokenizer
 
 
@@ -58,3 +58,21 @@ def test_too_little_text_is_refused(base: Path, tmp_path: Path) -> None:
 def test_a_directory_that_is_no_model_is_refused(book: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidData, match=r"no config\.json"):
         dapt.run(dapt_config(tmp_path, book), workdir=tmp_path / "work", progress=SilentProgress())
+
+
+def test_no_token_is_lost_where_a_chunk_is_one_longer_than_a_row() -> None:
+    assert _parts(list(range(9)), 4) == [[0, 1, 2, 3], [4, 5, 6], [7, 8]]
+    assert _parts(list(range(8)), 4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert _parts([1], 4) == []
+
+
+def test_rows_are_known_by_their_books_and_order_without_being_read(base: Path, book: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(base)
+    config = dapt_config(base, book)
+    known = build_rows(config, tokenizer).sha256
+    moved = tmp_path / "moved.txt"
+    moved.write_bytes(book.read_bytes())
+    assert build_rows(dapt_config(base, moved), tokenizer).sha256 == known
+    moved.write_bytes(book.read_bytes() + b"One more line of text.\n")
+    assert build_rows(dapt_config(base, moved), tokenizer).sha256 != known
+    assert build_rows(config.model_copy(update={"seed": config.seed + 1}), tokenizer).sha256 != known

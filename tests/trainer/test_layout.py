@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from trainer import attention
 from trainer.binning import best_fit, by_length
-from trainer.layout import Kind, Layout, choose_layout, keeps_rows_apart
+from trainer.layout import Kind, Layout, choose_layout, keeps_rows_apart, sees_less_than_all
 from trainer.rows import IGNORED, TokenRow
 
 
@@ -88,7 +89,7 @@ def test_every_layout_gives_the_gradient_of_each_document_alone(model: Any) -> N
     loss, expected = gradient(model, alone, learnt)
     for backend in ("trl", "unsloth"):  # with logits where something is learnt, and with all
         for limit in (16, 64, 1000):
-            flat = choose_layout(model, backend=backend, max_tokens=limit, pad_token_id=4, autocast=nullcontext)
+            flat = choose_layout(model, backend=backend, max_tokens=limit, longest=96, pad_token_id=4, autocast=nullcontext)
             assert (flat.kind, flat.learnt_only) == ("flat", backend == "trl")
             for layout in (flat, Layout("padded", "", limit, 4)):
                 batches = layout.collate(rows())
@@ -105,11 +106,11 @@ def test_an_attention_that_sees_the_row_before_is_found_and_not_used(model: Any,
     def leaky(*args: Any, row_lengths: Any = None, **kwargs: Any) -> Any:
         return attention.attend(*args, row_lengths=None, **kwargs)
 
-    flat = choose_layout(model, backend="trl", max_tokens=64, pad_token_id=4, autocast=nullcontext)
+    flat = choose_layout(model, backend="trl", max_tokens=64, longest=96, pad_token_id=4, autocast=nullcontext)
     assert keeps_rows_apart(model, flat, autocast=nullcontext) is None
     monkeypatch.setattr(attention, "register", lambda: AttentionInterface.register(attention.NAME, leaky))
     model.set_attn_implementation("sdpa")
-    found = choose_layout(model, backend="trl", max_tokens=64, pad_token_id=4, autocast=nullcontext)
+    found = choose_layout(model, backend="trl", max_tokens=64, longest=96, pad_token_id=4, autocast=nullcontext)
     monkeypatch.undo()
     attention.register()
     assert found.kind == "padded"
@@ -119,7 +120,7 @@ def test_an_attention_that_sees_the_row_before_is_found_and_not_used(model: Any,
 
 def test_a_model_whose_attention_is_its_own_is_padded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(model), "_supports_attention_backend", False)
-    assert choose_layout(model, backend="trl", max_tokens=64, pad_token_id=4, autocast=nullcontext).kind == "padded"
+    assert choose_layout(model, backend="trl", max_tokens=64, longest=96, pad_token_id=4, autocast=nullcontext).kind == "padded"
 
 
 def test_a_batch_that_is_no_flat_one_is_attended_as_ever(model: Any) -> None:
@@ -132,3 +133,41 @@ def test_a_batch_that_is_no_flat_one_is_attended_as_ever(model: Any) -> None:
         model.set_attn_implementation(implementation)
         answers.append(model.generate(input_ids=prompts, attention_mask=mask, max_new_tokens=4, do_sample=False))
     assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize(("window", "kind"), [(8, "padded"), (4096, "flat"), (None, "flat")])
+def test_a_window_that_a_document_may_outgrow_keeps_the_models_own_attention(window: int | None, kind: Kind) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model: Any = MistralForCausalLM(MistralConfig(**small, num_key_value_heads=1, sliding_window=window))
+    found = choose_layout(model, backend="trl", max_tokens=64, longest=96, pad_token_id=0, autocast=nullcontext)
+    assert found.kind == kind
+    assert kind == "flat" or "its attention sees 8 tokens, and a document may have 96" in found.reason
+
+
+def test_layers_of_another_kind_are_padded() -> None:
+    assert sees_less_than_all(SimpleNamespace(layer_types=["full_attention", "linear_attention"]), 96) is not None
+    assert sees_less_than_all(SimpleNamespace(layer_types=["full_attention"], sliding_window=8), 96) is None
+    assert sees_less_than_all(SimpleNamespace(layer_types=["full_attention", "sliding_attention"], sliding_window=8), 96) is not None
+    assert sees_less_than_all(SimpleNamespace(), 96) is None
+
+
+def test_out_of_memory_in_the_trial_is_not_taken_for_a_fault_of_the_model(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_layout(model, backend="trl", max_tokens=64, longest=96, pad_token_id=4, autocast=nullcontext)
+
+
+def test_a_model_that_does_not_heed_which_logits_are_wanted_computes_them_all(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = model.forward
+
+    def forward(*args: Any, logits_to_keep: Any = 0, shift_labels: Any = None, **kwargs: Any) -> Any:
+        return original(*args, logits_to_keep=logits_to_keep, **kwargs)  # pairs the logits that are left with all labels
+
+    monkeypatch.setattr(model, "forward", forward)
+    found = choose_layout(model, backend="trl", max_tokens=64, longest=96, pad_token_id=4, autocast=nullcontext)
+    assert (found.kind, found.learnt_only) == ("flat", False)

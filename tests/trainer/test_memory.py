@@ -18,8 +18,9 @@ from parampara.execution import stop
 from parampara.schemas.stages import DaptConfig, MicroBatchReduction, SftConfig, TrainParams
 from tests.trainer.runs import dapt_config, losses, sft_config
 from tests.trainer.test_training import Recorder, adapter_sha, run
+from trainer.faults import is_out_of_memory
 from trainer.layout import documents_in
-from trainer.memory import is_out_of_memory, out_of_memory
+from trainer.memory import out_of_memory
 
 
 class SmallMemory:

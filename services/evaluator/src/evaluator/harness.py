@@ -94,7 +94,8 @@ def metrics(found: Mapping[str, Any], params: HarnessParams | None) -> dict[str,
         for key, value in results.get(task, {}).items():
             figure, comma, filtered = key.partition(",")
             if comma and isinstance(value, int | float) and not isinstance(value, bool):
-                name = harness_task(figure if filtered == "none" else f"{figure}_{filtered}")
+                measured, error = (figure.removesuffix("_stderr"), "_stderr") if figure.endswith("_stderr") else (figure, "")
+                name = harness_task((measured if filtered == "none" else f"{measured}_{filtered}") + error)
                 values[f"harness.{harness_task(task)}.{name}"] = float(value)
     return values
 

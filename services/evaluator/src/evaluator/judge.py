@@ -6,6 +6,7 @@ Each distinct answer to a question is judged once, whichever models gave it. Wha
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from parampara.schemas.stages import EvaluateConfig, JudgeEndpoint, JudgeParams
 
 _JUDGED_MODELS = ("sft", "quantized")
 _POLL_SECONDS = 0.2
+_REPORT_SECONDS = 15.0
 _GIVE_UP_AFTER = 10
 """Judgements in a row for which the endpoint gave no completion, each tried five times: the others are then not asked for."""
 _EXAMPLE = Case("Which star does the earth go round?", "Answer: the sun", "It goes round the sun.")
@@ -111,12 +113,19 @@ async def _ask_all(judge: Judge, cases: Sequence[Case], meter: Meter, *, strict:
     async with JudgeClient(judge.endpoint, judge.params, api_key=judge.api_key) as client:
         bench = _Bench(client, judge.endpoint.concurrency, strict=strict)
         tasks = [asyncio.create_task(bench.judge(case)) for case in cases]
+        said = time.monotonic()
         try:
             pending = set(tasks)
             while pending:
                 done, pending = await asyncio.wait(pending, timeout=_POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 if done and not strict:
                     meter.advance(len(done))
+                elif time.monotonic() - said >= _REPORT_SECONDS:  # a stage that says nothing for long is taken for stuck
+                    meter.advance(0)
+                else:
+                    meter.check()
+                    continue
+                said = time.monotonic()
                 meter.check()
         finally:
             for task in tasks:

@@ -73,6 +73,7 @@ class JudgeClient:
         if not key.isascii() or not key.isprintable():
             raise InvalidRequest(f"{KEY_VARIABLE} holds characters that no header can carry.", param="params.judge")
         self._params, self._key = params, key
+        self._timeout_seconds = endpoint.timeout_seconds
         self._http = httpx.AsyncClient(
             base_url=endpoint.base_url,
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -103,8 +104,9 @@ class JudgeClient:
         for attempt in range(1, _ATTEMPTS + 1):
             wait = _BACKOFF_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1)  # apart, or all that failed together come again together
             try:
-                response = await self._http.post("/chat/completions", json=request)
-            except httpx.RequestError as error:
+                async with asyncio.timeout(self._timeout_seconds):  # the library's own timeouts start anew with every byte
+                    response = await self._http.post("/chat/completions", json=request)
+            except (httpx.RequestError, TimeoutError) as error:
                 fault = f"the endpoint cannot be reached or broke off ({type(error).__name__})"
             else:
                 if response.status_code == 200:

@@ -12,7 +12,7 @@ _CALL_TOKENS = 64
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Best-fit-decreasing bin packing: indices of each bin, the longest item of all in the first bin.
 
-    An item goes into the bin that it fills best; at most 11/9 of the least number of bins, plus one, are made (Johnson 1973).
+    An item goes into the bin that it fills best; about 11/9 of the least number of bins is its worst case (Johnson 1973).
     An item above ``capacity`` has a bin of its own.
     """
     bins: list[list[int]] = []

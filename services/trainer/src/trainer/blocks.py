@@ -7,6 +7,7 @@ lengths of its chunks and the hashes by which some are held out.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,6 +18,7 @@ from typing import Any
 from parampara.datasets import Document, iter_chunks, read_book
 from parampara.datasets.split import content_hash, held_out
 from parampara.errors import InvalidData
+from parampara.progress import Progress, SilentProgress
 from parampara.schemas.stages import DaptConfig
 from trainer.binning import best_fit
 from trainer.rows import StageData
@@ -24,9 +26,10 @@ from trainer.store import StoredRows, TokenStore, open_store, store_key, write_s
 
 _TOGETHER = 256
 """Chunks in one call of the tokenizer."""
+_TELL_SECONDS = 5.0
 
 
-def build_rows(config: DaptConfig, tokenizer: Any, *, workdir: Path | None = None) -> StageData:
+def build_rows(config: DaptConfig, tokenizer: Any, *, workdir: Path | None = None, progress: Progress | None = None) -> StageData:
     """Read the books, cut them into chunks, hold some chunks out and pack the rest into blocks of ``max_seq_length`` tokens.
 
     A block holds whole chunks that do not see each other, as best-fit-decreasing lays them (Ding et al. 2024, arXiv 2404.10830);
@@ -37,12 +40,13 @@ def build_rows(config: DaptConfig, tokenizer: Any, *, workdir: Path | None = Non
     """
     if workdir is None:
         with tempfile.TemporaryDirectory() as folder:  # files that are mapped live on until they are let go
-            return build_rows(config, tokenizer, workdir=Path(folder))
+            return build_rows(config, tokenizer, workdir=Path(folder), progress=progress)
     params, data = config.params, config.data
     root = workdir / "tokens"
-    store = _tokenized(data.train, tokenizer, config, root / "train")
+    progress = progress or SilentProgress()
+    store = _tokenized(data.train, tokenizer, config, root / "train", progress)
     if data.validation:
-        held_store = _tokenized(data.validation, tokenizer, config, root / "validation")
+        held_store = _tokenized(data.validation, tokenizer, config, root / "validation", progress)
         train, held = list(range(len(store.lengths))), list(range(len(held_store.lengths)))
         chunks = (len(store.hashes), len(held_store.hashes))
     else:
@@ -83,7 +87,7 @@ class _Piece:
     last: bool
 
 
-def _tokenized(paths: Sequence[Path], tokenizer: Any, config: DaptConfig, root: Path) -> TokenStore:
+def _tokenized(paths: Sequence[Path], tokenizer: Any, config: DaptConfig, root: Path, progress: Progress) -> TokenStore:
     facts = {
         "chunk_tokens": config.params.chunk_tokens,
         "max_seq_length": config.params.train.max_seq_length,
@@ -93,18 +97,30 @@ def _tokenized(paths: Sequence[Path], tokenizer: Any, config: DaptConfig, root: 
         "versions": [metadata.version(name) for name in ("transformers", "tokenizers")],
     }
     key = store_key(facts, paths)
-    return open_store(root, key) or write_store(root, key, _encoded(paths, tokenizer, config))
+    return open_store(root, key) or write_store(root, key, _encoded(paths, tokenizer, config, progress))
 
 
-def _encoded(paths: Sequence[Path], tokenizer: Any, config: DaptConfig) -> Iterator[tuple[str, list[list[int]]]]:
+def _encoded(paths: Sequence[Path], tokenizer: Any, config: DaptConfig, progress: Progress) -> Iterator[tuple[str, list[list[int]]]]:
     """Hash and tokens of each chunk, in several documents where it is longer than a row."""
     length = config.params.train.max_seq_length
-    for path in paths:
+    done, said = 0, time.monotonic()
+    for book, path in enumerate(paths, 1):
         rest = _pieces(read_book(path), tokenizer, chunk_tokens=config.params.chunk_tokens)
         while pieces := list(islice(rest, _TOGETHER)):
+            done += len(pieces)
+            if time.monotonic() - said > _TELL_SECONDS:  # a stage that says nothing for long is taken for stuck
+                said = time.monotonic()
+                progress.phase(f"tokenize: book {book} of {len(paths)}, {done:,} chunks")
             for piece, ids in zip(pieces, _encode(pieces, tokenizer), strict=True):
-                parts = [ids[start : start + length] for start in range(0, len(ids), length)]
-                yield content_hash(piece.text), [part for part in parts if len(part) > 1]  # one token alone predicts nothing
+                yield content_hash(piece.text), _parts(ids, length)
+
+
+def _parts(ids: list[int], length: int) -> list[list[int]]:
+    """``ids`` in parts of at most ``length`` tokens, none of a single one: alone it predicts nothing and would not be learnt."""
+    parts = [ids[start : start + length] for start in range(0, len(ids), length)]
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [parts[-2][:-1], parts[-2][-1:] + parts[-1]]
+    return [part for part in parts if len(part) > 1]
 
 
 def _pieces(document: Document, tokenizer: Any, *, chunk_tokens: int) -> Iterator[_Piece]:

@@ -51,6 +51,7 @@ def build_trainer(
 
     set_seed(config.seed)
     arguments = SFTConfig(**training_arguments(config, hardware=hardware, steps=plan.steps, workdir=workdir))
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else the library splits each batch over all visible cards (DataParallel)
     # the library asks for a Dataset and looks at its first row; StageLoop reads the rows themselves
     first = data.train[0]
     rows = Dataset.from_dict({"input_ids": [first.input_ids], "labels": [first.labels]})

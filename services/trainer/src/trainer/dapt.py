@@ -27,4 +27,6 @@ def run(config: DaptConfig, *, workdir: Path, progress: Progress) -> TrainResult
         from trainer.blocks import build_rows
         from trainer.engine import train_adapter  # after the backend: Unsloth must be imported before transformers
 
-    return train_adapter(config, choice=choice, build=partial(build_rows, workdir=workdir), workdir=workdir, progress=progress)
+    return train_adapter(
+        config, choice=choice, build=partial(build_rows, workdir=workdir, progress=progress), workdir=workdir, progress=progress
+    )

@@ -21,7 +21,7 @@ from parampara.execution import stop
 from parampara.manifest import weights_fingerprint
 from parampara.progress import Progress
 from parampara.schemas.stages import MicroBatchReduction, TrainParams, TrainResult
-from trainer import memory, tracking
+from trainer import faults, memory, tracking
 from trainer.backends import Choice
 from trainer.building import Config, build_trainer, load_model, optimizer_taken, run_name
 from trainer.checkpoints import CheckpointStore
@@ -286,6 +286,6 @@ def _out_of_memory_named(train: TrainParams) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not memory.is_out_of_memory(error):
+        if not faults.is_out_of_memory(error):
             raise
         raise memory.out_of_memory(train, error) from error

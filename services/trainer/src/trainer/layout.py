@@ -8,13 +8,14 @@ take is tried on it before training (:func:`keeps_rows_apart`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from trainer import attention
 from trainer.binning import best_fit, by_length
+from trainer.faults import is_out_of_memory
 from trainer.rows import IGNORED, TokenRow
 
 Kind = Literal["flat", "padded"]
@@ -81,19 +82,23 @@ def documents_in(batch: dict[str, Any]) -> int:
     return len(batch["row_lengths"]) if "row_lengths" in batch else len(batch["input_ids"])
 
 
-def choose_layout(model: Any, *, backend: str, max_tokens: int, pad_token_id: int, autocast: Any) -> Layout:
-    """The flat layout where the model keeps its rows apart, else the padded one; sets the model's attention accordingly."""
+def choose_layout(model: Any, *, backend: str, max_tokens: int, longest: int, pad_token_id: int, autocast: Any) -> Layout:
+    """The flat layout where the model keeps its rows apart, else the padded one; sets the model's attention accordingly.
+
+    ``longest`` is the length of the longest document: a model whose layers see less of it than all before a token is padded.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = base.config._attn_implementation
-    layout = Layout("flat", "the model's attention keeps rows apart", max_tokens, pad_token_id, learnt_only=backend == "trl")
+    layout = Layout("flat", "the model's attention keeps rows apart", max_tokens, pad_token_id)
     attention.register()
     if not getattr(base, "_supports_attention_backend", False):
         fault = "its attention can not be chosen"
-    else:
+    elif (fault := sees_less_than_all(base.config.get_text_config(), longest)) is None:
         base.set_attn_implementation(attention.NAME)
         fault = keeps_rows_apart(model, layout, autocast=autocast)
         if fault is None:
-            return layout
+            fewer = replace(layout, learnt_only=True)
+            return fewer if backend == "trl" and _same_loss(model, layout, fewer, autocast=autocast) else layout
         base.set_attn_implementation(before)
     return Layout("padded", f"rows are padded: {type(base).__name__}: {fault}", max_tokens, pad_token_id)
 
@@ -112,7 +117,9 @@ def keeps_rows_apart(model: Any, layout: Layout, *, autocast: Any) -> str | None
             beside, beside_other, alone = (
                 _last_logits(model, layout, rows, len(second)) for rows in ([first, second], [other, second], [second])
             )
-    except (TypeError, ValueError, RuntimeError) as error:  # a forward that takes no such arguments
+    except Exception as error:  # a forward that takes no such arguments may fail in any way
+        if is_out_of_memory(error):
+            raise
         return f"its forward does not take a flat batch ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__})"
     finally:
         model.train(training)
@@ -125,6 +132,38 @@ def keeps_rows_apart(model: Any, layout: Layout, *, autocast: Any) -> str | None
 
 _TOLERANCE = 0.02
 """Relative; bfloat16 rounds at 0.004."""
+_WINDOWS = {"sliding_attention", "chunked_attention"}
+
+
+def sees_less_than_all(config: Any, longest: int) -> str | None:
+    """What of a text model's attention the flat layout does not know: windows that a document may be longer than, other layers."""
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if others := sorted(kinds - {"full_attention"} - _WINDOWS):
+        return f"it has layers of the kind {', '.join(others)}"
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    if window is not None and window < longest and (not kinds or kinds & _WINDOWS):
+        return f"its attention sees {window} tokens, and a document may have {longest}"
+    return None
+
+
+def _same_loss(model: Any, layout: Layout, other: Layout, *, autocast: Any) -> bool:
+    """Both layouts give the loss of the same rows, half learnt, within rounding."""
+    rows = [TokenRow(ids, [IGNORED] * 4 + ids[4:]) for ids in ([3, 10, 17, 24, 31, 38, 45], [1, 8, 15, 22, 29, 36])]
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    losses = []
+    try:
+        with torch.no_grad(), autocast():
+            for batch in (layout._flat(rows), other._flat(rows)):
+                inputs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+                losses.append(float(model(**inputs, use_cache=False).loss))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        model.train(training)
+    return abs(losses[0] - losses[1]) <= _TOLERANCE * abs(losses[0])
 
 
 def _last_logits(model: Any, layout: Layout, rows: list[list[int]], count: int) -> torch.Tensor:

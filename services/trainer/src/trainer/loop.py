@@ -25,7 +25,7 @@ from parampara.errors import Diverged, Preempted
 from parampara.progress import Progress
 from parampara.schemas.stages import TrainParams
 from parampara.storage import fsync_file, write_atomically
-from trainer import memory, rng
+from trainer import faults, memory, rng
 from trainer.checkpoints import CheckpointStore
 from trainer.divergence import require_finite, require_no_runaway
 from trainer.layout import Layout, documents_in
@@ -141,11 +141,11 @@ class StageLoop:
             try:
                 return self._train_on(model, inputs, num_items_in_batch)
             except (RuntimeError, MemoryError) as error:
-                if not memory.is_out_of_memory(error):
+                if not faults.is_out_of_memory(error):
                     raise
                 self._reduce(error)
             # the whole step: the micro-batch that failed may have added to the gradients already
-            memory.release()
+            faults.release()
             model.zero_grad()
             rng.restore(self._rng_after_step)
             self._step_loss = None

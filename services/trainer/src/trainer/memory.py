@@ -19,20 +19,6 @@ def smaller(layout: Layout, parts: int) -> Layout:
     return layout if parts == 1 else replace(layout, max_tokens=max(1, layout.max_tokens // parts))
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU (``torch.OutOfMemoryError``, and the texts of libraries that raise something else) or of this machine."""
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    return isinstance(error, MemoryError) or (isinstance(error, Exception) and should_reduce_batch_size(error))
-
-
-def release() -> None:
-    """Give back what the failed attempt held. Call outside its ``except``: a traceback keeps every activation alive."""
-    from accelerate.utils.memory import clear_device_cache
-
-    clear_device_cache(garbage_collection=True)
-
-
 def out_of_memory(train: TrainParams, error: BaseException, *, step: int | None = None) -> OutOfMemory:
     """The error that a user sees: what was tried, and what makes it smaller. ``step``: not even one document of that step fits."""
     reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__

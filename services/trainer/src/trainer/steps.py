@@ -23,7 +23,9 @@ def fit_layout(config: Config, *, choice: Choice, hardware: Hardware, model: Any
         limit = train.per_device_train_batch_size * train.max_seq_length
         if hardware.device.type == "cpu":
             limit = min(limit, _CPU_TOKENS)
-    return choose_layout(model, backend=choice.name, max_tokens=limit, pad_token_id=padding or 0, autocast=hardware.autocast)
+    return choose_layout(
+        model, backend=choice.name, max_tokens=limit, longest=train.max_seq_length, pad_token_id=padding or 0, autocast=hardware.autocast
+    )
 
 
 _CPU_TOKENS = 2048

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import uuid
+from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,6 +31,7 @@ class TokenStore:
     """Opens what :func:`write_store` wrote. ``lengths[i]`` and ``chunk_of[i]`` describe document ``i``; ``hashes[c]`` chunk ``c``."""
 
     def __init__(self, directory: Path) -> None:
+        self.key = directory.name
         pairs = numpy.fromfile(directory / "documents.raw", dtype=numpy.int64).reshape(-1, 2)
         self.lengths, self.chunk_of = pairs[:, 0], pairs[:, 1]
         self._starts = numpy.concatenate([[0], self.lengths.cumsum()])
@@ -60,6 +62,13 @@ class StoredRows(Sequence[TokenRow]):
         documents = [self._store.document(number) for number in self._rows[index]]
         tokens = [token for document in documents for token in document]
         return TokenRow(tokens, tokens, parts=tuple(map(len, documents)))
+
+    def sha256(self) -> str:
+        """Of the rows, by the key of the store and the documents of each: the tokens of a large corpus are not read for it."""
+        digest = hashlib.sha256(self._store.key.encode())
+        for row in self._rows:
+            digest.update(array("q", [len(row), *row]).tobytes())
+        return digest.hexdigest()
 
     def parts(self) -> list[tuple[int, ...]]:
         """As :func:`parts_of`."""

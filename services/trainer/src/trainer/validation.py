@@ -27,7 +27,7 @@ def mean_loss(model: Any, rows: Sequence[TokenRow], *, layout: Layout, hardware:
     """
     model.eval()
     total, tokens = 0.0, 0
-    whole = replace(layout, max_tokens=_TOKENS_PER_BATCH)
+    whole = replace(layout, max_tokens=min(_TOKENS_PER_BATCH, layout.max_tokens))
     for batch in _batches(rows):
         if stopped():
             raise Preempted("Stopped while validating, as asked.")

@@ -106,16 +106,16 @@ def _stretches(document: Document) -> Iterator[Document]:
     for page in document.pages:
         start = 0
         while start < len(page.text):
-            if size >= _STRETCH:
+            if size and size + len(page.text) > _STRETCH:
                 yield Document(document.title, pages)
                 pages, size = [], 0
-            end = min(start + _STRETCH - size, len(page.text))
+            end = min(start + _STRETCH, len(page.text))
             divided = end < len(page.text)
             if divided:
                 borders = (page.text.rfind(mark, start + 1, end) for mark in ("\n\n", "\n", " "))
                 end = next((border for border in borders if border > start), end)
             pages.append(Page(page.label, page.text[start:end]))
-            size = _STRETCH if divided else size + end - start
+            size += end - start
             start = end
     if pages:
         yield Document(document.title, pages)
