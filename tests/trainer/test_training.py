@@ -344,7 +344,7 @@ def test_the_adapter_may_be_that_of_the_best_step(base: Path, qa: Path, tmp_path
         "learning_rate": 0.05,
         "lr_scheduler_type": "constant",
         "eval_steps": 1,
-        "max_steps": 7,
+        "max_steps": 8,
         "checkpoint_steps": 1,
     }
     last = run(sft_config(base, qa, **settings), tmp_path / "last")
