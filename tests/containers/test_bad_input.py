@@ -58,7 +58,8 @@ def test_a_stack_for_tests_starts_whatever_an_interrupted_run_left(tmp_path: Pat
         stack = Stack("parampara-again", port=free_port(), folder=tmp_path / name)  # the second has other passwords
         stack.up("postgres", wait=120)
     try:
-        stack.compose("run", "--rm", "--no-TTY", "migrate")
+        migrated = stack.compose("run", "--rm", "--no-TTY", "migrate", check=False)
+        assert migrated.returncode == 0, migrated.stderr
     finally:
         stack.down()
 

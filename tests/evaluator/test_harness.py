@@ -16,7 +16,7 @@ from evaluator import harness
 from evaluator.evaluate import run
 from evaluator.meter import Meter
 from parampara.errors import InvalidRequest, Preempted
-from parampara.execution import stop
+from parampara.execution import library_process, stop
 from parampara.progress import SilentProgress
 from parampara.schemas.metrics import is_reported
 from parampara.schemas.stages import EvaluateConfig, EvaluateParams, Gate, HarnessParams
@@ -160,7 +160,7 @@ def test_a_failure_is_told_with_its_last_words(line: Line, tmp_path: Path, prete
 @pytest.mark.parametrize("deaf", [False, True])
 def test_a_wish_to_stop_ends_the_library(line: Line, tmp_path: Path, pretended: Path, monkeypatch: pytest.MonkeyPatch, deaf: bool) -> None:
     """Also one that does not hear SIGTERM."""
-    monkeypatch.setattr(harness, "_STOP_SECONDS", 1.0)
+    monkeypatch.setattr(library_process, "STOP_SECONDS", 1.0)
     told = tmp_path / "pid"
     ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" if deaf else ""
     pretended.write_text(

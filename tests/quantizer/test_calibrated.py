@@ -61,7 +61,7 @@ def test_what_llm_compressor_says_when_it_fails_is_the_reason(
     monkeypatch.setenv("LLMCOMPRESSOR_PYTHON", str(PYTHON))
     monkeypatch.setattr(calibrated, "calibration_rows", lambda config: [[1_000_000] * 4])  # no such token
     with pytest.raises(SchemeUnavailable, match=r"ended with status 1: .*[Ii]ndex"):
-        calibrated.write(config, tmp_path / "out", scheme="gptq", scratch=tmp_path / "scratch")
+        calibrated.write(config, tmp_path / "out", scheme="gptq", scratch=tmp_path / "scratch", progress=SilentProgress())
     assert not (tmp_path / "scratch").exists()
 
 
@@ -100,7 +100,7 @@ def test_a_wish_to_stop_ends_its_process(config: QuantizeConfig, tmp_path: Path,
     stop.request()
     try:
         with pytest.raises(Preempted):
-            calibrated.write(config, tmp_path / "out", scheme="gptq", scratch=tmp_path / "scratch")
+            calibrated.write(config, tmp_path / "out", scheme="gptq", scratch=tmp_path / "scratch", progress=SilentProgress())
     finally:
         stop.clear()
     assert not list(tmp_path.iterdir())

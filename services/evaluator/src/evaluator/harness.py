@@ -8,27 +8,22 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from evaluator.meter import Meter
 from evaluator.models import common_dtype
 from parampara.errors import InvalidRequest, ParamparaError
+from parampara.execution import library_process
 from parampara.schemas.metrics import harness_task
 from parampara.schemas.stages import EvaluateConfig, HarnessParams
 
 FILE_NAME = "harness.json"
-_KEPT = re.compile(r"PATH|HOME|TMPDIR|LANG|LC_\w+|LD_LIBRARY_PATH|(OMP|MKL|CUDA|NVIDIA|TRITON|TORCH|TORCHINDUCTOR|XDG|HF)_\w+")
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-_POLL_SECONDS = 0.2
-_REPORT_SECONDS = 15.0
-_STOP_SECONDS = 5.0
 
 
 class HarnessFailed(ParamparaError):
@@ -117,8 +112,18 @@ def _run(config: EvaluateConfig, params: HarnessParams, *, model: Path | None, s
         command = [str(python), "-I", str(Path(__file__).with_name("harness_child.py")), str(scratch / "request.json")]
         log = scratch / "lmeval.log"
         # where the tasks lie, so that their data may be named beside them
-        if code := _watched(command, cwd=config.harness_tasks or scratch, environment=_environment(scratch), log=log, meter=meter):
-            raise HarnessFailed(f"lm-evaluation-harness ended with status {code}: {_last_lines(log)}", param="params.harness")
+        code = library_process.run(
+            command,
+            cwd=config.harness_tasks or scratch,
+            environment={"HF_DATASETS_CACHE": str(scratch / "datasets")} | library_process.environment() | _OFFLINE,
+            log=log,
+            check=meter.check,
+            alive=partial(meter.advance, 0),
+        )
+        if code:
+            raise HarnessFailed(
+                f"lm-evaluation-harness ended with status {code}: {library_process.last_lines(log)}", param="params.harness"
+            )
         return json.loads((scratch / FILE_NAME).read_text(encoding="utf-8"))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -131,44 +136,3 @@ def _dtype(config: EvaluateConfig) -> str:
     return (
         "auto" if config.quantized is not None else str(common_dtype(config.merged, gpu=torch.cuda.is_available())).removeprefix("torch.")
     )
-
-
-def _environment(scratch: Path) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if _KEPT.fullmatch(key) and key != "HF_TOKEN"}
-    return {"HF_DATASETS_CACHE": str(scratch / "datasets")} | kept | _OFFLINE
-
-
-def _watched(command: Sequence[str], *, cwd: Path, environment: Mapping[str, str], log: Path, meter: Meter) -> int:
-    """Exit code of ``command``, whose output goes to ``log``; as long as that grows, the stage is told to be alive.
-
-    Raises:
-        Preempted: asked to stop while it ran; it has ended.
-    """
-    with log.open("wb") as file, subprocess.Popen(command, cwd=cwd, env=environment, stdout=file, stderr=file) as process:
-        said, seen = time.monotonic(), 0
-        try:
-            while process.poll() is None:
-                meter.check()
-                if time.monotonic() - said >= _REPORT_SECONDS and log.stat().st_size > seen:
-                    said, seen = time.monotonic(), log.stat().st_size
-                    meter.advance(0)
-                time.sleep(_POLL_SECONDS)
-        finally:
-            _end(process)
-    return process.returncode
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is not None:
-        return
-    process.terminate()
-    try:
-        process.wait(_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _last_lines(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return " / ".join(lines[-3:])[-500:] or "it printed nothing"

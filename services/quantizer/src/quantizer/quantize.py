@@ -21,8 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from parampara.errors import InvalidData, InvalidRequest, OutOfMemory, Preempted
-from parampara.execution import stop
+from parampara.errors import InvalidData, InvalidRequest, OutOfMemory
 from parampara.progress import Progress
 from parampara.schemas.stages import (
     OnePassMerge,
@@ -35,7 +34,7 @@ from parampara.schemas.stages import (
 )
 from parampara.storage import fsync_tree
 from parampara.weights.merged import MergedModel
-from quantizer.backends import SchemeUnavailable, bitsandbytes, calibrated, compressed, unsloth
+from quantizer.backends import SchemeUnavailable, bitsandbytes, calibrated, check_stop, compressed, unsloth
 from quantizer.checkpoint import faults_as, quantized_weights, read_config, weight_bytes
 from quantizer.gate import NOTHING, Figures, HeldOut, Measured, compare, measure, read_held_out
 from quantizer.part import Part
@@ -64,7 +63,7 @@ def run(config: QuantizeConfig, *, workdir: Path, progress: Progress) -> Quantiz
     started = time.monotonic()
     read_config(config.model)
     shutil.rmtree(workdir / "output", ignore_errors=True)
-    _poll()
+    check_stop()
     with _opened(config, progress) as model:
         progress.phase("read held-out data")
         parent = _Parent(config, model, read_held_out(config))
@@ -86,7 +85,7 @@ def check(expected: Measured, written: Path, held_out: HeldOut = NOTHING, *, pro
     """
     with faults_as(lambda fault: SchemeUnavailable(f"The written checkpoint cannot be loaded: {fault}")):
         names = quantized_weights(written)
-        got = measure(written, held_out, progress, check_stop=_poll)
+        got = measure(written, held_out, progress, check_stop=check_stop)
     if not names:
         raise SchemeUnavailable("The written checkpoint holds no eight-bit weight.")
     if heads := [name for name in names if name.startswith("lm_head")]:
@@ -111,7 +110,7 @@ class _Parent:
         if self._measured is None:
             progress.phase("measure the unquantized model")
             with faults_as(lambda fault: InvalidData(f"{self.config.model} cannot be loaded ({fault}).", param="model")):
-                self._measured = measure(self.model, self.held_out, progress, check_stop=_poll)
+                self._measured = measure(self.model, self.held_out, progress, check_stop=check_stop)
         return self._measured
 
     @property
@@ -139,7 +138,9 @@ def _opened(config: QuantizeConfig, progress: Progress) -> Iterator[Path | Merge
 
 def _write_unsloth(parent: _Parent, staging: Path, progress: Progress) -> None:
     config = parent.config
-    unsloth.write(config.model, staging, save_method=config.params.unsloth_save_method, scratch=staging.parent / "scratch")
+    unsloth.write(
+        config.model, staging, save_method=config.params.unsloth_save_method, scratch=staging.parent / "scratch", progress=progress
+    )
 
 
 def _write_bitsandbytes(parent: _Parent, staging: Path, progress: Progress) -> None:
@@ -151,7 +152,7 @@ def _write_streamed(parent: _Parent, staging: Path, progress: Progress, *, schem
 
 
 def _write_calibrated(parent: _Parent, staging: Path, progress: Progress, *, scheme: calibrated.CalibratedScheme) -> None:
-    calibrated.write(parent.config, staging, scheme=scheme, scratch=staging.parent / "scratch")
+    calibrated.write(parent.config, staging, scheme=scheme, scratch=staging.parent / "scratch", progress=progress)
 
 
 _WRITERS: dict[Scheme, Callable[[_Parent, Path, Progress], None]] = {
@@ -170,7 +171,7 @@ def _try_in_order(parent: _Parent, staging: Path, progress: Progress) -> list[Sc
     attempts: list[SchemeAttempt] = []
     schemes = parent.config.params.schemes
     for index, scheme in enumerate(schemes):
-        _poll()
+        check_stop()
         shutil.rmtree(staging, ignore_errors=True)
         part = Part(progress, begin=index / len(schemes), end=(index + 1) / len(schemes))
         attempt = _attempt(scheme, parent, staging, part)
@@ -192,7 +193,7 @@ def _attempt(scheme: Scheme, parent: _Parent, staging: Path, progress: Part) -> 
     try:
         progress.phase(f"quantize with {scheme}")
         _WRITERS[scheme](parent, staging, progress.within(0, 0.5))
-        _poll()
+        check_stop()
         figures = _figures(scheme, parent, staging, progress) if parent.config.measure else None
     except SchemeUnavailable as unavailable:
         shutil.rmtree(staging, ignore_errors=True)
@@ -266,8 +267,3 @@ def _publish(parent: _Parent, staging: Path, output: Path, *, attempts: list[Sch
     fsync_tree(staging)
     os.rename(staging, output)
     return result
-
-
-def _poll() -> None:
-    if stop.requested():
-        raise Preempted("Asked to stop during quantization; the next attempt starts this stage again.")

@@ -10,25 +10,25 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from parampara.datasets.chat import conversation_of
 from parampara.datasets.held_out import trained_rows
 from parampara.datasets.scored import answer_sequences
+from parampara.execution import library_process
+from parampara.progress import Progress
 from parampara.schemas.stages import QuantizeConfig
-from quantizer.backends import SchemeUnavailable, child
+from quantizer.backends import SchemeUnavailable, check_stop
 from quantizer.checkpoint import copy_companions, read_config, stored_dtype
 
 CalibratedScheme = Literal["gptq", "smoothquant"]
-_KEPT = re.compile(r"PATH|HOME|TMPDIR|LANG|LC_\w+|LD_LIBRARY_PATH|(OMP|MKL|CUDA|NVIDIA|TRITON|TORCH|TORCHINDUCTOR|XDG|HF)_\w+")
-"""What of the environment it gets. Not among it: ``LLM_COMPRESSOR_LOG_DISABLED=true``, with which 0.14.0.1 dies."""
 
 
-def write(config: QuantizeConfig, output: Path, *, scheme: CalibratedScheme, scratch: Path) -> None:
+def write(config: QuantizeConfig, output: Path, *, scheme: CalibratedScheme, scratch: Path, progress: Progress) -> None:
     """Have llm-compressor quantize ``config.model`` into ``output``; ``scratch`` is a directory that it may fill and that is removed.
 
     Raises:
@@ -50,9 +50,11 @@ def write(config: QuantizeConfig, output: Path, *, scheme: CalibratedScheme, scr
         (scratch / "request.json").write_text(json.dumps(request), encoding="utf-8")
         command = [str(python), "-I", str(Path(__file__).with_name("calibrated_child.py")), str(scratch / "request.json")]
         log = scratch / "llmcompressor.log"
-        environment = {key: value for key, value in os.environ.items() if _KEPT.fullmatch(key)} | {"HF_HUB_OFFLINE": "1"}
-        if code := child.run(command, cwd=scratch, environment=environment, log=log):
-            raise SchemeUnavailable(f"llm-compressor's process ended with status {code}: {child.last_lines(log)}")
+        # not among what is kept: LLM_COMPRESSOR_LOG_DISABLED=true, with which 0.14.0.1 dies
+        environment = library_process.environment() | {"HF_HUB_OFFLINE": "1"}
+        alive = partial(progress.step, 0, 1)
+        if code := library_process.run(command, cwd=scratch, environment=environment, log=log, check=check_stop, alive=alive):
+            raise SchemeUnavailable(f"llm-compressor's process ended with status {code}: {library_process.last_lines(log)}")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     copy_companions(config.model, output)

@@ -23,14 +23,13 @@ from typing import Any
 
 import torch
 
-from parampara.errors import Diverged, InvalidData, Preempted
-from parampara.execution import stop
+from parampara.errors import Diverged, InvalidData
 from parampara.progress import Progress
 from parampara.schemas.stages import StreamedScheme
 from parampara.weights.merged import MergedModel
 from parampara.weights.sharding import shards, write_index
 from parampara.weights.tensor_files import Planned, ShardWriter, TensorInfo
-from quantizer.backends import SchemeUnavailable
+from quantizer.backends import SchemeUnavailable, check_stop
 from quantizer.checkpoint import copy_companions, directory_of, faults_as, read_config
 from quantizer.rounding import FP8, Code, Rounding, RowRounder, check_finite, largest_magnitudes, magnitude_bits
 
@@ -178,8 +177,7 @@ class _RowCopier:
         scales: list[torch.Tensor] = []
         start = 0
         for rows in self._merged(info) if name in self._model.changed else self._stored(info):
-            if stop.requested():
-                raise Preempted("Asked to stop during quantization; the next attempt starts this stage again.")
+            check_stop()
             try:
                 writer.write(self._rounded(rows, info, scales) if rounded else self._finite(rows, info))
             except Diverged as fault:

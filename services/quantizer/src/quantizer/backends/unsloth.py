@@ -17,13 +17,16 @@ import os
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
-from quantizer.backends import SchemeUnavailable, child
+from parampara.execution import library_process
+from parampara.progress import Progress
+from quantizer.backends import SchemeUnavailable, check_stop
 from quantizer.checkpoint import copy_companions, read_config, stored_dtype
 
 
-def write(model: Path, output: Path, *, save_method: str, scratch: Path) -> None:
+def write(model: Path, output: Path, *, save_method: str, scratch: Path, progress: Progress) -> None:
     """Have Unsloth quantize ``model`` into ``output``; ``scratch`` is a directory that it may fill and that is removed.
 
     Raises:
@@ -34,22 +37,23 @@ def write(model: Path, output: Path, *, save_method: str, scratch: Path) -> None
         raise SchemeUnavailable("unsloth is not installed in this environment; see requirements/unsloth.txt.")
     scratch.mkdir(parents=True)
     try:
-        _run(model, output, save_method=save_method, scratch=scratch)
+        _run(model, output, save_method=save_method, scratch=scratch, progress=progress)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     copy_companions(model, output)
 
 
-def _run(model: Path, output: Path, *, save_method: str, scratch: Path) -> None:
+def _run(model: Path, output: Path, *, save_method: str, scratch: Path, progress: Progress) -> None:
     verdict, log = scratch / "verdict.json", scratch / "unsloth.log"
     command = [sys.executable, "-m", "quantizer.backends.unsloth", str(model), str(output), save_method, str(verdict)]
     environment = {**os.environ, "UNSLOTH_COMPILE_LOCATION": str(scratch / "compiled"), "HF_HUB_OFFLINE": "1"}
-    code = child.run(command, cwd=scratch, environment=environment, log=log)
+    alive = partial(progress.step, 0, 1)
+    code = library_process.run(command, cwd=scratch, environment=environment, log=log, check=check_stop, alive=alive)
     if code == 0:
         return
     if verdict.is_file():
         raise SchemeUnavailable(json.loads(verdict.read_text(encoding="utf-8"))["reason"])
-    raise SchemeUnavailable(f"Unsloth's process ended with status {code}: {child.last_lines(log)}")
+    raise SchemeUnavailable(f"Unsloth's process ended with status {code}: {library_process.last_lines(log)}")
 
 
 def _export(model: str, output: str, save_method: str) -> None:
