@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,31 @@ def test_the_library_reads_what_it_wrote(tmp_path: Path) -> None:
 def test_a_shard_with_missing_rows_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="were planned"), ShardWriter(tmp_path / "c", [Planned("x", torch.float32, (4, 4))]) as writer:
         writer.write(torch.zeros(3, 4))
+
+
+def test_written_behind_the_bytes_and_their_hash_are_the_same(tmp_path: Path) -> None:
+    rows = torch.arange(4000.0).reshape(1000, 4)
+    for name, behind in (("now", False), ("behind", True)):
+        with ShardWriter(tmp_path / name, [Planned("x", torch.float32, (1000, 4))], hashed=True, behind=behind) as writer:
+            for chunk in rows.split(7):
+                writer.write(chunk.clone())
+        assert writer.sha256 == sha256_file(tmp_path / name)
+    assert (tmp_path / "now").read_bytes() == (tmp_path / "behind").read_bytes()
+
+
+@pytest.mark.parametrize("chunks", [1, 64])
+def test_what_fails_behind_is_raised(tmp_path: Path, chunks: int) -> None:
+    """With one chunk on leaving, with many by a later call: no shard that was not written whole is taken for one."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))  # Python ignores the signal, so that a write fails as on a full disk
+    try:
+        rows = torch.zeros(chunks * 1000, 4)
+        planned = [Planned("x", torch.float32, (chunks * 1000, 4))]
+        with pytest.raises(OSError, match="File too large"), ShardWriter(tmp_path / "x", planned, behind=True) as writer:
+            for chunk in rows.split(1000):
+                writer.write(chunk)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def lying(path: Path, header: object, body: int) -> Path:

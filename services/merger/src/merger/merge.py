@@ -12,6 +12,8 @@ import resource
 import shutil
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -42,7 +44,7 @@ def run(config: MergeConfig, *, workdir: Path, progress: Progress) -> MergeResul
     """
     started = time.monotonic()
     progress.phase("check")
-    with MergedModel(config.model, config.adapters) as model:
+    with _one_thread(), MergedModel(config.model, config.adapters) as model:
         return _merge(config, model=model, workdir=workdir.resolve(), progress=progress, started=started)
 
 
@@ -89,6 +91,20 @@ def _merge(config: MergeConfig, *, model: MergedModel, workdir: Path, progress: 
     )
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Arithmetic in this thread alone: a chunk takes less than a millisecond, and to share it among threads costs more than it saves.
+
+    The processor's other cores hash and write what is done (:class:`parampara.weights.tensor_files.ShardWriter`).
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class _Writer:
     """The merged model as sharded safetensors; ``differs`` tells whether any weight, after the cast, is not the base's own cast."""
 
@@ -103,7 +119,7 @@ class _Writer:
         done = 0
         for name, groups in planned.items():
             tensors = [tensor for group in groups.values() for tensor in group]
-            with ShardWriter(stage / name, tensors, hashed=True) as writer:
+            with ShardWriter(stage / name, tensors, hashed=True, behind=True) as writer:
                 for tensor in tensors:
                     if stop.requested():
                         raise Preempted("Stopped while merging, as asked; the merge starts again from its beginning.")
@@ -118,12 +134,9 @@ class _Writer:
         return Planned(info.name, self._dtype if info.dtype.is_floating_point else info.dtype, info.shape)
 
     def _write_tensor(self, writer: ShardWriter, planned: Planned) -> None:
-        cast: torch.Tensor | None = None
         start = 0
         for rows in self._model.rows(planned.name, limit=self._dtype):
-            if cast is None:
-                cast = torch.empty(rows.shape, dtype=planned.dtype)
-            out = cast[: rows.shape[0]].copy_(rows)
+            out = torch.empty(rows.shape, dtype=planned.dtype).copy_(rows)  # new memory: the writer keeps it for a while
             if not self.differs and planned.name in self._model.changed:
                 base = self._model.base.home[planned.name].read_rows(planned.name, start, start + rows.shape[0])
                 self.differs = not torch.equal(out, base.to(planned.dtype))

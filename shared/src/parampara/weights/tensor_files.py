@@ -11,7 +11,9 @@ import hashlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +38,8 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
+_WRITES_AHEAD = 8
+"""Calls of :meth:`ShardWriter.write` whose rows may wait for the disk, in memory."""
 
 
 @dataclass(frozen=True)
@@ -161,10 +165,12 @@ class Planned:
 class ShardWriter:
     """Writes one safetensors file front to back: the header first, then rows of each tensor in the order planned.
 
-    ``hashed`` takes the file's sha256 on the way, which saves reading it again.
+    ``hashed`` takes the file's sha256 on the way, which saves reading it again. ``behind`` does both in a thread of its own while the
+    caller makes the next rows: each call's memory is the writer's from then on, and what fails is raised by a later call or by leaving
+    the context.
     """
 
-    def __init__(self, path: Path, tensors: Iterable[Planned], *, hashed: bool = False) -> None:
+    def __init__(self, path: Path, tensors: Iterable[Planned], *, hashed: bool = False, behind: bool = False) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for tensor in tensors:
@@ -180,17 +186,29 @@ class ShardWriter:
         self._path = path
         self._digest = hashlib.sha256() if hashed else None
         self._file = path.open("wb", buffering=0)
+        self._behind = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer") if behind else None
+        self._waiting: deque[Future[None]] = deque()
         self._put(memoryview(len(encoded).to_bytes(8, "little") + encoded))
 
     @property
     def sha256(self) -> str:
-        """Of the bytes written so far; of the file, once it is complete. Only where ``hashed`` was asked for."""
+        """Of the file, once its context was left. Only where ``hashed`` was asked for."""
         if self._digest is None:
             raise RuntimeError(f"{self._path.name} was written without being hashed.")
         return self._digest.hexdigest()
 
     def write(self, rows: torch.Tensor) -> None:
-        self._put(_bytes(rows.contiguous()))
+        """Append ``rows`` to the tensor in turn.
+
+        Raises:
+            OSError: these or earlier rows could not be written.
+        """
+        if self._behind is None:
+            self._put(_bytes(rows.contiguous()))
+            return
+        while len(self._waiting) >= _WRITES_AHEAD:
+            self._waiting.popleft().result()
+        self._waiting.append(self._behind.submit(self._put, _bytes(rows.contiguous())))
 
     def _put(self, data: memoryview) -> None:
         if self._digest is not None:
@@ -202,6 +220,12 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        try:
+            while kind is None and self._waiting:
+                self._waiting.popleft().result()
+        finally:
+            if self._behind is not None:
+                self._behind.shutdown(cancel_futures=True)
+            self._file.close()
         if kind is None and self._path.stat().st_size != self._size:
             raise RuntimeError(f"{self._path.name}: {self._path.stat().st_size} bytes were written, {self._size} were planned.")
