@@ -1,4 +1,4 @@
-"""``python -m trainer dapt|sft --config FILE --workdir DIR`` runs one stage; ``python -m trainer worker`` serves the queue."""
+"""``python -m trainer dapt|sft|dpo --config FILE --workdir DIR`` runs one stage; ``python -m trainer worker`` serves the queue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tempfile import gettempdir
 from typing import Any
 
 from parampara.execution.child import Stage, main
-from parampara.schemas.stages import DaptConfig, SftConfig
+from parampara.schemas.stages import DaptConfig, DpoConfig, SftConfig
 
 
 def _dapt() -> Callable[..., Any]:
@@ -22,6 +22,12 @@ def _dapt() -> Callable[..., Any]:
 
 def _sft() -> Callable[..., Any]:
     from trainer.sft import run
+
+    return run
+
+
+def _dpo() -> Callable[..., Any]:
+    from trainer.dpo import run
 
     return run
 
@@ -46,7 +52,7 @@ def _import_unsloth() -> None:
     _import_trl()
 
 
-def _preloadable(config: DaptConfig | SftConfig) -> bool:
+def _preloadable(config: DaptConfig | SftConfig | DpoConfig) -> bool:
     """Unsloth has rebound the other libraries where it is there, and can not do so any more where they are."""
     return (config.backend != "trl") == ("unsloth" in sys.modules)
 
@@ -54,7 +60,11 @@ def _preloadable(config: DaptConfig | SftConfig) -> bool:
 if __name__ == "__main__":
     main(
         "trainer",
-        stages={"dapt": Stage(DaptConfig, _dapt, _preloadable), "sft": Stage(SftConfig, _sft, _preloadable)},
+        stages={
+            "dapt": Stage(DaptConfig, _dapt, _preloadable),
+            "sft": Stage(SftConfig, _sft, _preloadable),
+            "dpo": Stage(DpoConfig, _dpo, _preloadable),
+        },
         queue="train",
         preloads={"trl": _import_trl, "unsloth": _import_unsloth},
     )

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from parampara.errors import InvalidData
-from parampara.schemas.stages import DaptConfig, SftConfig
+from parampara.schemas.stages import DaptConfig, DpoConfig, SftConfig
 from trainer.backends import Choice, LoadRequest
 from trainer.loop import StageLoop
 from trainer.methods import adapter_parameters, restore_adapter
 from trainer.plan import Plan
 from trainer.precision import Hardware
+from trainer.preference_loop import PreferenceLoop
 from trainer.rows import StageData
 
-Config = DaptConfig | SftConfig
+Config = DaptConfig | SftConfig | DpoConfig
 
 
 def load_model(config: Config, choice: Choice, hardware: Hardware) -> Any:
@@ -47,20 +48,29 @@ def build_trainer(
 ) -> Any:
     from datasets import Dataset
     from transformers import PrinterCallback, set_seed
-    from trl import SFTConfig
 
     set_seed(config.seed)
-    arguments = SFTConfig(**training_arguments(config, hardware=hardware, steps=plan.steps, workdir=workdir))
+    arguments = _arguments_of(config)(**training_arguments(config, hardware=hardware, steps=plan.steps, workdir=workdir))
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else the library splits each batch over all visible cards (DataParallel)
     # the library asks for a Dataset and looks at its first row; StageLoop reads the rows themselves
     first = data.train[0]
     rows = Dataset.from_dict({"input_ids": [first.input_ids], "labels": [first.labels]})
-    kind: Any = type("StageTrainer", (StageLoop, choice.module.trainer_base()), {})
+    pairs = isinstance(config, DpoConfig)
+    loop, base = (PreferenceLoop, choice.module.preference_base()) if pairs else (StageLoop, choice.module.trainer_base())
+    kind: Any = type("StageTrainer", (loop, base), {})
     adapter = adapter_parameters(model)
     trainer = kind(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    if pairs:
+        model.delete_adapter("ref")  # the library's copy of the adapter at its start, where it changes nothing: the base is the same
     restore_adapter(model, adapter)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _arguments_of(config: Config) -> Any:
+    from trl import DPOConfig, SFTConfig
+
+    return DPOConfig if isinstance(config, DpoConfig) else SFTConfig
 
 
 def run_name(config: Config, workdir: Path) -> str:
@@ -74,8 +84,12 @@ def optimizer_taken(trainer: Any) -> str:
 
 
 def training_arguments(config: Config, *, hardware: Hardware, steps: int, workdir: Path) -> dict[str, Any]:
-    """Keyword arguments of ``trl.SFTConfig``."""
+    """Keyword arguments of ``trl.SFTConfig``, for stage dpo of ``trl.DPOConfig``."""
     train = config.params.train
+    loss: dict[str, Any] = {"loss_type": "nll", "dataset_kwargs": {"skip_prepare_dataset": True}}
+    if isinstance(config, DpoConfig):
+        loss = {name: getattr(config.params, name) for name in ("beta", "loss_type", "label_smoothing")}
+        loss["disable_dropout"] = False  # lora_dropout says how much
     return {
         "output_dir": str(workdir / "trainer"),
         "max_steps": steps,
@@ -92,12 +106,11 @@ def training_arguments(config: Config, *, hardware: Hardware, steps: int, workdi
         "use_cpu": hardware.device.type == "cpu",
         "gradient_checkpointing": train.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if train.gradient_checkpointing else None,
-        "loss_type": "nll",
+        **loss,
         "seed": config.seed,
         # rows come tokenized, in a planned order and layout; StageLoop logs, validates and saves
         "max_length": None,
         "padding_free": False,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
         "remove_unused_columns": False,
         "logging_strategy": "no",
         "eval_strategy": "no",

@@ -1,4 +1,4 @@
-"""The line that both training stages share: load, measure, train (or go on), measure again, write the adapter.
+"""The line that all training stages share: load, measure, train (or go on), measure again, write the adapter.
 
 A stage brings its rows; everything else (backend, precision, checkpoints, result) is here. Read :func:`train_adapter` top
 to bottom.
@@ -20,7 +20,7 @@ from parampara.errors import InvalidData
 from parampara.execution import stop
 from parampara.manifest import weights_fingerprint
 from parampara.progress import Progress
-from parampara.schemas.stages import MicroBatchReduction, TrainParams, TrainResult
+from parampara.schemas.stages import DpoConfig, MicroBatchReduction, TrainParams, TrainResult
 from trainer import faults, memory, tracking
 from trainer.backends import Choice
 from trainer.building import Config, build_trainer, load_model, optimizer_taken, run_name
@@ -34,7 +34,6 @@ from trainer.precision import Hardware, choose_hardware
 from trainer.rows import StageData
 from trainer.speed import Speedometer
 from trainer.steps import announce, fit_layout, plan_steps
-from trainer.validation import mean_loss
 
 _VERSIONED = ("torch", "transformers", "trl", "peft", "accelerate", "safetensors", "tokenizers", "unsloth", "unsloth_zoo", "bitsandbytes")
 
@@ -86,7 +85,7 @@ def train_adapter(
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         progress.phase("validate")
         after = trainer.run.validate(trainer.model)
-    append_metrics(trainer.run.metrics_path, plan.steps, {"validation_loss": after})
+    append_metrics(trainer.run.metrics_path, plan.steps, {"validation_loss": after, **trainer.held_out_figures})
     outcome = _choose_step(trainer, after, progress)
     progress.phase("write adapter")
     result = _result(
@@ -181,7 +180,7 @@ def _attach(
         progress=progress,
         metrics_path=workdir / "metrics.jsonl",
         stopped=stop.requested,
-        validate=lambda model: mean_loss(model, data.validation, layout=layout, hardware=hardware, stopped=stop.requested),
+        validate=lambda model: trainer.held_out_loss(model, data.validation, layout=layout, hardware=hardware, stopped=stop.requested),
         train=train,
         speed=Speedometer.of(trainer.model, hardware=hardware, machine=config.machine),
         ledger=ledger,
@@ -225,6 +224,8 @@ def _choose_step(trainer: Any, after: float, progress: Progress) -> _Outcome:
         found = run.store.at(best)
         if found is not None:
             load_trainable(trainer.model, found.path)
+            if run.plan.steps != best and trainer.held_out_figures:
+                run.validate(trainer.model)  # for the figures beside the loss
             progress.event(f"the adapter is that of step {best}: validation loss {lowest:.4f}, {after:.4f} after the last", step=best)
             return _Outcome(best, lowest, best, lowest)
         progress.event(f"the checkpoint of the best step ({best}) is damaged or gone; the adapter is that of the last", level="warn")
@@ -247,6 +248,7 @@ def _result(
     rate = ledger.tokens / max(ledger.seconds, 1e-9)
     measured = trainer.run.speed.read(tokens_per_second=rate, seconds=ledger.seconds)
     span = max(1, min(10, len(ledger.losses) // 2))
+    by_pairs = isinstance(config, DpoConfig)
     return TrainResult(
         output=workdir / "output",
         backend=choice.name,
@@ -264,8 +266,10 @@ def _result(
         train_loss_last=sum(ledger.losses[-span:]) / span,
         validation_loss_before=ledger.validation_before,
         validation_loss_after=outcome.loss,
-        perplexity_before=math.exp(min(ledger.validation_before, 700.0)),
-        perplexity_after=math.exp(min(outcome.loss, 700.0)),
+        perplexity_before=None if by_pairs else math.exp(min(ledger.validation_before, 700.0)),
+        perplexity_after=None if by_pairs else math.exp(min(outcome.loss, 700.0)),
+        reward_accuracy=trainer.held_out_figures.get("reward_accuracy"),
+        reward_margin=trainer.held_out_figures.get("reward_margin"),
         adapter_step=outcome.step,
         best_step=outcome.best_step,
         best_validation_loss=outcome.best_loss,

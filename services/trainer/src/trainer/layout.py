@@ -78,7 +78,9 @@ class Layout:
 
 
 def documents_in(batch: dict[str, Any]) -> int:
-    """Of a micro-batch that a :class:`Layout` made."""
+    """Of a micro-batch that a :class:`Layout` made: how many parts it could be cut into."""
+    if "completion_mask" in batch:  # pairs of documents, which stay together
+        return len(batch["input_ids"]) // 2
     return len(batch["row_lengths"]) if "row_lengths" in batch else len(batch["input_ids"])
 
 

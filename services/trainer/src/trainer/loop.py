@@ -30,10 +30,12 @@ from trainer.checkpoints import CheckpointStore
 from trainer.divergence import require_finite, require_no_runaway
 from trainer.layout import Layout, documents_in
 from trainer.plan import Plan
+from trainer.precision import Hardware
 from trainer.rows import IGNORED, TokenRow
 from trainer.speed import Speedometer
 from trainer.state_tree import join_tensors, split_tensors
 from trainer.tensor_files import save_tensors
+from trainer.validation import mean_loss
 
 ADAPTER = "adapter.safetensors"
 STATE = "state.json"
@@ -103,6 +105,7 @@ class StageLoop:
     def start(self, run: RunContext) -> None:
         """Attach the run; call before ``train``."""
         self.run = run
+        self.held_out_figures: dict[str, float] = {}
         self._step_loss: torch.Tensor | None = None
         self._rng_after_step: dict[str, Any] | None = None
         self._reported_step = -1
@@ -125,9 +128,9 @@ class StageLoop:
         )
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """The rows of the coming steps, and how many tokens they learn: each token of a step weighs the same."""
+        """The rows of the coming steps, and how many items they learn: each item of a step weighs the same."""
         steps = list(islice(epoch_iterator, num_batches))
-        count = torch.tensor(sum(row.trained for rows in steps for row in rows), device=device)
+        count = torch.tensor(sum(self.items_of(rows) for rows in steps), device=device)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return steps, count
@@ -171,9 +174,27 @@ class StageLoop:
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The share of a micro-batch in the loss of its step, also of a model that only knows the mean over its micro-batch."""
-        learnt = (inputs["labels"][:, 1:] != IGNORED).sum()
+        learnt = self.items_in(inputs)
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         return loss if self.model_accepts_loss_kwargs else loss * (learnt * self.args.world_size / num_items_in_batch)
+
+    def items_of(self, rows: Sequence[TokenRow]) -> int:
+        """How many items the loss of these rows is a mean over: the tokens that are learnt."""
+        return sum(row.trained for row in rows)
+
+    def items_in(self, batch: dict[str, Any]) -> Any:
+        """The same of a micro-batch."""
+        return (batch["labels"][:, 1:] != IGNORED).sum()
+
+    def figures_of_step(self) -> dict[str, float]:
+        """What a stage reports beside the loss, of the steps since the last call."""
+        return {}
+
+    def held_out_loss(
+        self, model: Any, rows: Sequence[TokenRow], *, layout: Layout, hardware: Hardware, stopped: Callable[[], bool]
+    ) -> float:
+        """As :func:`trainer.validation.mean_loss`; a stage that measures more keeps it in ``held_out_figures``."""
+        return mean_loss(model, rows, layout=layout, hardware=hardware, stopped=stopped)
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # the library's count would read one batch, and nobody reads the count
@@ -256,6 +277,7 @@ class StageLoop:
             "tokens": float(ledger.tokens),
             "tokens_per_s": rate,
             "eta_s": seconds / done_here * (total - step),
+            **self.figures_of_step(),
             **self.run.speed.read(tokens_per_second=rate, seconds=ledger.seconds),
         }
         append_metrics(self.run.metrics_path, step, record)
@@ -281,9 +303,10 @@ class StageLoop:
             self._preempt()
         self.model.train()
         run.ledger.validation_after[str(step)] = loss
-        append_metrics(run.metrics_path, step, {"validation_loss": loss})
-        self.track({"validation_loss": loss})
-        run.progress.step(step, run.plan.steps, validation_loss=loss)
+        measured = {"validation_loss": loss, **self.held_out_figures}
+        append_metrics(run.metrics_path, step, measured)
+        self.track(measured)
+        run.progress.step(step, run.plan.steps, **measured)
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from parampara.errors import InvalidData
-from parampara.schemas.stages import DaptConfig, SftConfig, TrainResult
+from parampara.schemas.stages import DaptConfig, DpoConfig, SftConfig, TrainResult
 from parampara.storage import fsync_directory, fsync_tree
 from trainer.divergence import require_finite
 from trainer.methods import adapter_arguments
@@ -66,7 +66,7 @@ def read_lineage(model: Path, base_sha256: str) -> Lineage:
 
 
 def write_output(
-    result: TrainResult, *, config: DaptConfig | SftConfig, model: Any, lineage: Lineage, data: StageData, metrics: Path
+    result: TrainResult, *, config: DaptConfig | SftConfig | DpoConfig, model: Any, lineage: Lineage, data: StageData, metrics: Path
 ) -> None:
     """Write ``result.output`` aside, fsync and rename: it is there whole or not at all.
 
@@ -101,7 +101,7 @@ def write_output(
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _write_adapter(directory: Path, *, model: Any, config: DaptConfig | SftConfig, base_sha256: str) -> None:
+def _write_adapter(directory: Path, *, model: Any, config: DaptConfig | SftConfig | DpoConfig, base_sha256: str) -> None:
     """``adapter_model.safetensors`` and ``adapter_config.json`` in PEFT's format, equal for both backends."""
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict

@@ -1,4 +1,4 @@
-"""Training rows as token ids and labels, for both stages."""
+"""Training rows as token ids and labels, for all stages."""
 
 from __future__ import annotations
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from parampara.progress import Progress
+from parampara.schemas.stages import DpoConfig
 from trainer.backends import Choice
 from trainer.building import Config
 from trainer.layout import Layout, choose_layout
 from trainer.plan import Plan, plan_batches
 from trainer.precision import Hardware
+from trainer.preferences import PairLayout
 from trainer.rows import StageData
 from trainer.store import parts_of
 
@@ -23,6 +25,8 @@ def fit_layout(config: Config, *, choice: Choice, hardware: Hardware, model: Any
         limit = train.per_device_train_batch_size * train.max_seq_length
         if hardware.device.type == "cpu":
             limit = min(limit, _CPU_TOKENS)
+    if isinstance(config, DpoConfig):
+        return PairLayout("padded", "the two answers of a pair are computed together", limit, padding or 0)
     return choose_layout(
         model, backend=choice.name, max_tokens=limit, longest=train.max_seq_length, pad_token_id=padding or 0, autocast=hardware.autocast
     )
@@ -57,7 +61,7 @@ def announce(config: Config, data: StageData, layout: Layout, plan: Plan, progre
         "max_tokens_per_batch": layout.max_tokens,
     }
     progress.event("data ready", **{**data.facts, **facts})
-    if layout.kind == "padded":
+    if layout.kind == "padded" and not isinstance(config, DpoConfig):
         progress.event(layout.reason, level="warn")
     if data.facts.get("truncated_rows"):
         progress.event(

@@ -42,6 +42,10 @@ class Backend(Protocol):
         """The SFTTrainer class to build on."""
         ...
 
+    def preference_base(self) -> type:
+        """The DPOTrainer class to build on, for a model that has its adapter already."""
+        ...
+
 
 @dataclass(frozen=True)
 class Choice:
