@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from parampara.datasets import Message, count_duplicates, read_qa, validate_qa
-from parampara.datasets.qa import MAX_ROW_BYTES
+from parampara.datasets.rows import MAX_ROW_BYTES
 from parampara.errors import InvalidData
 
 GOOD = {"question": "Who rules Ashwini?", "answer": "Ketu"}
