@@ -12,7 +12,10 @@ POOL = 1 << 26
 
 
 def make_model(directory: Path, config: dict[str, int], *, seed: int = 0, deviation: float = 0.02) -> None:
-    """Write normal weights in BF16, in files of at most 5 GB as they are published, and a config.json. ``config`` is ``LLAMA_8B`` or like it, with ``num_hidden_layers``."""
+    """Write normal weights in BF16, in files of at most 5 GB as they are published, and a config.json.
+
+    ``config`` is ``LLAMA_8B`` or like it, with ``num_hidden_layers``.
+    """
     import torch
 
     from parampara.weights.sharding import shards, write_index

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from parampara.schemas.stages import DaptConfig, SftConfig
+from parampara.schemas.stages import DaptConfig, DpoConfig, SftConfig
 
 LORDS = ["Ketu", "Venus", "Sun", "Moon", "Mars", "Rahu", "Jupiter", "Saturn", "Mercury"]
 
@@ -78,7 +78,9 @@ def sft_config(model: Path, qa: Path, *, backend: str = "trl", system_prompt: st
     )
 
 
-def start(config: DaptConfig | SftConfig, workdir: Path, *, cwd: Path | None = None, path: str | None = None) -> subprocess.Popen[bytes]:
+def start(
+    config: DaptConfig | SftConfig | DpoConfig, workdir: Path, *, cwd: Path | None = None, path: str | None = None
+) -> subprocess.Popen[bytes]:
     """``python -m trainer <kind>`` as a process of its own, its log in ``workdir/"log"``."""
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(config.model_dump_json(), encoding="utf-8")
@@ -99,3 +101,31 @@ def steps_reported(workdir: Path, *, since: int = 0) -> int:
 def losses(workdir: Path) -> dict[int, float]:
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def write_preferences(path: Path, *, rows: int = 40, seed: int = 0) -> Path:
+    """Pairs that prefer the answer in the house's form."""
+    chance = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(rows):
+            lord = chance.choice(LORDS)
+            extra = " and say why" * chance.randint(0, 4)
+            better, worse = f"Answer: {lord}\nRule: the sub lord", "It may be " + " or ".join([lord] * chance.randint(1, 6))
+            file.write(json.dumps({"question": f"Who rules part {number}{extra}?", "chosen": better, "rejected": worse}) + "\n")
+    return path
+
+
+def dpo_config(model: Path, preferences: Path, *, backend: str = "trl", loss_type: str = "sigmoid", **train: Any) -> DpoConfig:
+    return DpoConfig.model_validate(
+        {
+            "model": model,
+            "data": {"train": [preferences]},
+            "backend": backend,
+            "params": {
+                "validation_fraction": 0.1,
+                "loss_type": loss_type,
+                "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0},
+                "train": train_params(**{"packing": False, **train}),
+            },
+        }
+    )

@@ -70,8 +70,7 @@ def test_what_fails_behind_is_raised(tmp_path: Path, chunks: int) -> None:
         rows = torch.zeros(chunks * 1000, 4)
         planned = [Planned("x", torch.float32, (chunks * 1000, 4))]
         with pytest.raises(OSError, match="File too large"), ShardWriter(tmp_path / "x", planned, behind=True) as writer:
-            for chunk in rows.split(1000):
-                writer.write(chunk)
+            list(map(writer.write, rows.split(1000)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 

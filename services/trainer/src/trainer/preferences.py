@@ -65,8 +65,8 @@ def tokenize_pair(
     sides: list[TokenRow] = []
     longest = 0
     for answer in (pair.chosen, pair.rejected):
-        row = QaRow(messages=[*pair.prompt, Message("assistant", answer)])
-        parts = [token_ids(tokenizer, text) for text, _ in segments(tokenizer, conversation_of(row, system_prompt=system_prompt), name=name)]
+        told = conversation_of(QaRow(messages=[*pair.prompt, Message("assistant", answer)]), system_prompt=system_prompt)
+        parts = [token_ids(tokenizer, text) for text, _ in segments(tokenizer, told, name=name)]
         ids = [token for part in parts for token in part]
         asked = len(ids) - len(parts[-1])
         if asked >= max_length:

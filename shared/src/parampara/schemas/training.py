@@ -121,7 +121,8 @@ class DpoParams(AdapterParams):
     The reference is the model without that adapter: the base with the DAPT and SFT adapters merged in.
     """
 
-    lora: LoraParams = LoraParams()
+    lora: LoraParams = LoraParams(lora_dropout=0.0)
+    """Without dropout, as TRL has it: the reference knows none, and what it adds would count as a preference."""
     train: TrainParams = TrainParams(learning_rate=1e-5, packing=False)
     beta: Annotated[float, Field(gt=0, le=100)] = 0.1
     """How much a distance from the reference costs: the smaller, the further the model may go."""
