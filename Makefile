@@ -52,7 +52,7 @@ types:
 	@$(BIN)/pyright
 
 unit: # two processes: a file's tests stay together, since many share a trained model or a server
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not containers" $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not containers" $(ARGS)
 
 k8s-check: setup-dev ## Render the Kubernetes manifests and check them: schemas, rules, references, the code (needs kustomize or kubectl)
 	@$(BIN)/python scripts/k8s_check.py

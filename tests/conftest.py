@@ -31,10 +31,22 @@ from parampara.db import migrate
 from parampara.db.session import make_sessions
 from parampara.settings import DatabaseSettings, RedisSettings, Settings, WorkerSettings
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: tests share their cores, as stages do
+# before torch is imported: tests share their cores, as stages do, and tiny models gain nothing from a second one
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 _TEMPLATE = "parampara_template"
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long first, so that two processes end at about the same time (with ``--no-loadscope-reorder``)."""
+    ranks: dict[Path, int] = {}
+    for item in items:
+        rank = 0 if item.get_closest_marker("e2e") else 1 if item.get_closest_marker("slow") else 2
+        ranks[item.path] = min(rank, ranks.get(item.path, rank))
+    items.sort(key=lambda item: ranks[item.path])
 
 
 def _die_with_parent() -> None:
