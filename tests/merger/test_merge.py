@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -91,6 +92,21 @@ def test_stacked_adapters_merge_in_one_pass(tmp_path: Path, base: Path, adapter:
     record = json.loads((result.output / "merge.json").read_text())
     assert record["adapters"] == [sha256_file(a / "adapter_model.safetensors") for a in (adapter, second)]
     assert record["base_sha256"] == weights_fingerprint(base)
+
+
+def test_a_disk_that_is_full_at_any_byte_leaves_nothing(tmp_path: Path, base: Path, adapter: Path) -> None:
+    whole = run(tmp_path / "whole", base, adapter)
+    shard = (whole.output / "model.safetensors").stat().st_size
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (0, 5, 200, *(shard * part // 7 for part in range(1, 7)), shard - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))  # Python ignores the signal: the write fails
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                run(tmp_path / "work", base, adapter)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        assert list((tmp_path / "work").iterdir()) == [], limit
+    assert weights_fingerprint(run(tmp_path / "work", base, adapter).output) == whole.weights_sha256
 
 
 def test_output_is_a_complete_model_that_generates(tmp_path: Path, base: Path, adapter: Path) -> None:

@@ -96,6 +96,5 @@ class PreferenceLoop(StageLoop):
     def start(self, run: Any) -> None:
         super().start(run)
         self._sums: dict[str, dict[str, float]] = {}
-        self.held_out_figures: dict[str, float] = {}
         for mode in ("train", "eval"):
             self._forget(mode)
