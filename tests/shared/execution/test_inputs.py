@@ -56,7 +56,7 @@ def test_trackers_come_from_the_recipe_and_the_machine_from_the_worker(base: Pat
 def test_another_method_is_another_job(base: Path, tmp_path: Path) -> None:
     _, plain = resolved(base, tmp_path, worker={})
     config, dora = resolved(base, tmp_path, worker={}, stages={"dapt": {"lora": {"use_dora": True}, "train": {"load_in_4bit": True}}})
-    assert config.params.lora.use_dora
+    assert config.params.lora is not None and config.params.lora.use_dora
     assert config.params.train.load_in_4bit
     assert dora != plain
 
@@ -83,7 +83,7 @@ class Line:
         datasets = {"books": [BOOK_ID], "books_validation": [], "qa": [BOOK_ID], "qa_validation": [], "preferences": [PAIRS_ID]}
         made = parse_recipe({"name": "r", "base_model": "tiny", "stages": {"dpo": dpo, "sft": {"system_prompt": "Cite."}}})
         job = next(job for job in plan_run(made, datasets) if job.name == name)
-        before = dict.fromkeys(("dapt", "merge_dapt", "sft", "merge_sft", "dpo", "merge", "quantize"), self.artifact)
+        before = dict.fromkeys("dapt merge_dapt sft merge_sft dpo merge quantize".split(), self.artifact)
         results = {"sft": {"dtype": "bfloat16"}, "dapt": {"dtype": "float32"}}
         gathered = Gathered(kind=job.kind, spec=job.spec(reuse=True), artifacts=before, results=results, files=self.files)
         return resolve(gathered, self.settings, self.storage)
