@@ -181,6 +181,7 @@ def test_a_bad_request_is_refused_and_writes_nothing(
         ("preferences", "pairs.jsonl", json.dumps(PAIRS[0]).encode(), "at least"),
         ("preferences", "pairs.jsonl", json.dumps({**PAIRS[0], "chosen": "Venus"}).encode(), "line 1: the better answer and the worse one"),
         ("preferences", "pairs.jsonl", json.dumps(QUESTIONS[0]).encode(), "none of the accepted forms"),
+        ("preferences", "pairs.jsonl", b"\n".join(json.dumps({**PAIRS[0], "rejected": x}).encode() for x in "ab"), "one question"),
     ],
 )
 def test_bad_data_is_a_400_that_names_field_file_and_rule(

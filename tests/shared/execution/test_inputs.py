@@ -83,7 +83,7 @@ class Line:
         datasets = {"books": [BOOK_ID], "books_validation": [], "qa": [BOOK_ID], "qa_validation": [], "preferences": [PAIRS_ID]}
         made = parse_recipe({"name": "r", "base_model": "tiny", "stages": {"dpo": dpo, "sft": {"system_prompt": "Cite."}}})
         job = next(job for job in plan_run(made, datasets) if job.name == name)
-        before = dict.fromkeys("dapt merge_dapt sft merge_sft dpo merge quantize".split(), self.artifact)
+        before: dict[str, str] = dict.fromkeys("dapt merge_dapt sft merge_sft dpo merge quantize".split(), self.artifact)
         results = {"sft": {"dtype": "bfloat16"}, "dapt": {"dtype": "float32"}}
         gathered = Gathered(kind=job.kind, spec=job.spec(reuse=True), artifacts=before, results=results, files=self.files)
         return resolve(gathered, self.settings, self.storage)

@@ -84,7 +84,10 @@ def check_contents(settings: Settings, rows: dict[str, list[File]]) -> None:
                 )
         labels = [file.filename for file in files]
         try:
-            _VALIDATORS[role.removesuffix("_validation")](paths, labels)
+            if role == "preferences":
+                validate_preferences(paths, labels, split="preferences_validation" not in rows)
+            else:
+                _VALIDATORS[role.removesuffix("_validation")](paths, labels)
         except InvalidData as error:
             raise InvalidData(f"datasets.{role}: {error.message}", param=f"datasets.{role}", code=error.code) from None
 
