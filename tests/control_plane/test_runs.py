@@ -43,6 +43,35 @@ def test_an_accepted_run_is_written_whole(client: TestClient, run_body: dict[str
     assert client.get(f"/v1/runs/{run['id']}").json() == run
 
 
+PAIRS = [{"question": f"Who rules star {number}?", "chosen": "Ketu", "rejected": "Venus"} for number in range(3)]
+
+
+def test_a_run_with_preferences_has_the_stages_that_learn_them(client: TestClient, run_body: dict[str, Any], upload: Upload) -> None:
+    pairs = upload("".join(json.dumps(row) + "\n" for row in PAIRS).encode(), "pairs.jsonl")
+    body = _with(_with(run_body, "recipe.stages.dpo", {"beta": 0.2}), "datasets.preferences", [pairs])
+    answer = client.post("/v1/runs", json=body)
+    assert answer.status_code == 202, answer.text
+    run = answer.json()
+    assert [job["name"] for job in run["jobs"]] == [*LINE[:3], "merge_sft", "dpo", *LINE[3:]]
+    assert (run["jobs"][4]["kind"], run["jobs"][4]["queue"]) == ("dpo", "train")
+    assert (run["datasets"]["preferences"], run["datasets"]["preferences_validation"]) == ([pairs], [])
+    refused = client.delete(f"/v1/files/{pairs}")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "wrong_state")
+
+
+def test_preferences_without_the_stage_and_the_stage_without_preferences_are_refused(
+    client: TestClient, run_body: dict[str, Any], upload: Upload
+) -> None:
+    pairs = upload("".join(json.dumps(row) + "\n" for row in PAIRS).encode(), "pairs.jsonl")
+    for body, says in (
+        (_with(run_body, "datasets.preferences", [pairs]), "Add `dpo: {}`"),
+        (_with(run_body, "recipe.stages.dpo", {}), "give at least one file id"),
+    ):
+        answer = client.post("/v1/runs", json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "datasets.preferences")
+        assert says in answer.json()["error"]["message"]
+
+
 def test_the_doorbell_carries_the_id_of_the_first_job(client: TestClient, run_body: dict[str, Any], redis_url: str) -> None:
     job_id = client.post("/v1/runs", json=run_body).json()["jobs"][0]["id"]
     with redis.Redis.from_url(redis_url) as broker:
@@ -149,13 +178,18 @@ def test_a_bad_request_is_refused_and_writes_nothing(
         ("books", "book.jsonl", b'{"txt": "wrong column"}\n', "text"),
         ("books_validation", "book.txt", b" ", "text"),
         ("qa_validation", "qa.jsonl", b"not JSON", "line"),
+        ("preferences", "pairs.jsonl", json.dumps(PAIRS[0]).encode(), "at least"),
+        ("preferences", "pairs.jsonl", json.dumps({**PAIRS[0], "chosen": "Venus"}).encode(), "line 1: the better answer and the worse one"),
+        ("preferences", "pairs.jsonl", json.dumps(QUESTIONS[0]).encode(), "none of the accepted forms"),
+        ("preferences", "pairs.jsonl", b"\n".join(json.dumps({**PAIRS[0], "rejected": x}).encode() for x in "ab"), "one question"),
     ],
 )
 def test_bad_data_is_a_400_that_names_field_file_and_rule(
     client: TestClient, run_body: dict[str, Any], upload: Upload, role: str, filename: str, content: bytes, says: str
 ) -> None:
     file_id = upload(content, filename, "user_data")
-    answer = client.post("/v1/runs", json=_with(run_body, f"datasets.{role}", [file_id]))
+    body = _with(run_body, "recipe.stages.dpo", {}) if role == "preferences" else run_body
+    answer = client.post("/v1/runs", json=_with(body, f"datasets.{role}", [file_id]))
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert error["param"] == f"datasets.{role}"

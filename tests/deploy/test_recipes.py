@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from parampara.errors import InvalidRequest
+from parampara.plain_yaml import read_yaml
 from parampara.schemas.recipe import Recipe, load_recipe, parse_recipe
-from parampara.schemas.stages import Gate
+from parampara.schemas.stages import DpoParams, Gate, TrainParams
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -50,6 +51,21 @@ def test_kp_stages_are_the_plans(kp: Recipe) -> None:
     deploy = kp.stages.deploy
     assert deploy is not None
     assert (deploy.alias, deploy.max_model_len, deploy.gpu_memory_utilization, deploy.dtype) == ("kp", 2048, 0.9, "float16")
+
+
+def test_the_stage_and_the_gates_that_the_kp_recipe_only_mentions_are_valid_and_its_values_are_the_defaults() -> None:
+    text = (ROOT / "recipes" / "kp-llama-3.1-8b.yaml").read_text(encoding="utf-8")
+    block = text[text.index("  # dpo:\n") : text.index("  # Base + DAPT adapter")]
+    stage = read_yaml(re.sub(r"^  # ", "", block, flags=re.MULTILINE), param="recipe")
+    gates = read_yaml("\n".join(re.findall(r"^  # (- \{metric: (?:dpo|parity\.sft)\..*)$", text, flags=re.MULTILINE)), param="recipe")
+    named = parse_recipe({"name": "r", "base_model": "b", "stages": stage, "gates": gates})
+    assert named.stages.dpo == DpoParams()
+    assert [gate.metric for gate in named.gates] == ["dpo.reward_accuracy", "dpo.exact_change", "parity.sft.recovered"]
+    unnamed = {
+        "train": TrainParams.model_fields.keys() - stage["dpo"]["train"].keys(),
+        "": DpoParams.model_fields.keys() - stage["dpo"].keys(),
+    }
+    assert unnamed == {"train": set(), "": set()}, "every setting is explained"
 
 
 def test_kp_gates_are_the_plans(kp: Recipe) -> None:

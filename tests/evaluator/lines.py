@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from parampara.manifest import weights_fingerprint
-from parampara.schemas.stages import DaptParams, EvaluateConfig, EvaluateParams, QaData, SftParams, TextData, TrainParams
+from parampara.schemas.stages import DaptParams, EvaluateConfig, EvaluateParams, PreferenceData, QaData, SftParams, TextData, TrainParams
 from tests.tiny_models import make_adapter, make_model
 
 COMPANIONS = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
@@ -38,6 +38,17 @@ class Line:
         }
         return EvaluateConfig(**{**settings, **changes})
 
+    def dpo_config(self, **changes: Any) -> EvaluateConfig:
+        """That of the line of :func:`add_dpo`: what is the final merged model elsewhere is here the one that DPO starts on."""
+        settings: dict[str, Any] = {
+            "sft_merged": self.root / "merged",
+            "dpo_adapter": self.root / "dpo_adapter",
+            "merged": self.root / "dpo_merged",
+            "quantized": self.root / "dpo_quantized",
+            "preferences": PreferenceData(train=[self.root / "pairs.jsonl"]),
+        }
+        return self.config(**{**settings, **changes})
+
     def copy(self, name: str, target: Path) -> Path:
         shutil.copytree(self.root / name, target)
         return target
@@ -56,6 +67,25 @@ def make_line(root: Path) -> Line:
     (root / "book.txt").write_text("\n\n".join(f"The dasha of {planet} follows the star that {planet} rules. " * 6 for planet in PLANETS))
     write_rows(root / "qa.jsonl", rows())
     return Line(root)
+
+
+LEARNT = {"validation_loss_before": 0.693, "validation_loss_after": 0.42, "reward_accuracy": 0.875, "reward_margin": 1.25}
+"""What stage dpo would have measured, as it writes it beside the adapter."""
+
+
+def add_dpo(line: Line) -> None:
+    """Write what a line with DPO has beside the models of ``line``."""
+    trained_on, adapter = line.root / "merged", line.root / "dpo_adapter"
+    make_adapter(trained_on, adapter, seed=3)
+    for name in COMPANIONS[:3]:
+        shutil.copyfile(trained_on / name, adapter / name)
+    name_base(adapter, trained_on)
+    (adapter / "training.json").write_text(json.dumps({**LEARNT, "backend": "trl", "steps": 2}))
+    write_rows(adapter / "metrics.jsonl", [{"step": 1, "loss": 0.69}, {"step": 2, "loss": 0.5}])
+    merge(trained_on, adapter, line.root / "dpo_merged", dtype="float16")
+    quantize(line.root / "dpo_merged", line.root / "dpo_quantized")
+    pairs = [{"question": f"Which planet is number {n}?", "chosen": "Venus", "rejected": "The Sun"} for n in range(4)]
+    write_rows(line.root / "pairs.jsonl", pairs)
 
 
 def name_base(adapter: Path, model: Path) -> None:

@@ -180,6 +180,14 @@ def test_a_broken_format_is_refused_before_any_model_is_loaded(line: Line, tmp_p
         ({"quantized": None}, ["base", "dapt_adapter", "dapt", "sft_adapter", "sft"]),
         ({"sft_adapter": None, "dapt_merged": None}, ["base", "dapt", "sft", "quantized"]),
         ({"dapt_adapter": None, "dapt_merged": None}, ["base", "sft_adapter", "sft", "quantized"]),
+        (
+            {"sft_merged": Path("sft_merged"), "dpo_adapter": Path("dpo_adapter")},
+            ["base", "dapt_adapter", "dapt", "sft_adapter", "sft", "dpo_adapter", "dpo", "quantized"],
+        ),
+        (
+            {"sft_merged": Path("sft_merged"), "dpo_adapter": Path("dpo_adapter"), "sft_adapter": None, "quantized": None},
+            ["base", "dapt_adapter", "dapt", "sft", "dpo_adapter", "dpo"],
+        ),
     ],
 )
 def test_members_of_a_shorter_line(line: Line, changes: dict[str, Any], names: list[str]) -> None:
@@ -190,6 +198,13 @@ def test_an_sft_adapter_without_the_model_it_was_trained_on_is_refused(line: Lin
     with pytest.raises(InvalidData) as caught:
         members(line.config(dapt_merged=None))
     assert caught.value.param == "dapt_merged"
+
+
+@pytest.mark.parametrize("alone", ["sft_merged", "dpo_adapter"])
+def test_a_dpo_adapter_and_the_model_it_was_trained_on_come_together(line: Line, alone: str) -> None:
+    with pytest.raises(InvalidData, match="name both or neither") as caught:
+        members(line.config(**{alone: Path("/x")}))
+    assert caught.value.param == "sft_merged"
 
 
 @pytest.mark.slow

@@ -137,6 +137,19 @@ def test_scores_are_grades_from_0_to_1_and_the_served_model_gives_the_metric(scr
     assert metrics(make_items(questions(), {"sft": _measured(["x"] * 4)})) == {}
 
 
+def test_what_dpo_did_to_the_answers_is_judged_too(scripted: ScriptedJudge, line: Line) -> None:
+    scripted.answer = lambda shown, before: graded(1 if shown["answer"] == "wrong" else 4)
+    asked, right = questions(), [f"It is Planet {number}." for number in range(4)]
+    items, measured = measured_answers(asked, base=["no"] * 4, sft=["wrong"] * 4, dpo=right, quantized=right)
+    judge = Judge(JudgeParams(model="grader", max_questions=4), scripted.endpoint, KEY)
+    counted = judging.work(judge, line.dpo_config(), len(asked))
+    found = metrics(judge_items(judge, items, asked, measured, Meter(SilentProgress(), total=counted)))
+    assert (found["judge.score.sft"], found["judge.score.dpo"], found["judge.score.quantized"]) == (0.0, 0.75, 0.75)
+    assert found["judge.score"] == 0.75
+    assert counted == 3 * len(asked), "each question is put to the judge for three models"
+    assert len(scripted.requests) == 2 * len(asked), "an answer that two of them gave is judged once"
+
+
 @pytest.mark.parametrize(
     "broken",
     [

@@ -145,6 +145,14 @@ def adapter_of_another_base(line: Line, scratch: Path) -> dict[str, Any]:
     return {"sft_adapter": adapter, "quantized": None}
 
 
+def skipped_dpo_merge(line: Line, scratch: Path) -> dict[str, Any]:
+    return {"merged": line.root / "merged", "quantized": None}
+
+
+def dpo_on_other_weights(line: Line, scratch: Path) -> dict[str, Any]:
+    return {"sft_merged": line.root / "dapt_merged", "quantized": None}
+
+
 def wrong_quantization_scale(line: Line, scratch: Path) -> dict[str, Any]:
     """The factors of the first layer's attention, taken for half of what they are."""
     from safetensors.torch import load_file, save_file
@@ -223,6 +231,22 @@ def test_the_ledger_catches(
 ) -> None:
     assert good.metrics()[metric] > bound
     assert bench.ledger(bench.line.config(**failure(bench.line, tmp_path))).metrics()[metric] <= bound
+
+
+@pytest.mark.parametrize(
+    ("failure", "metric", "bound"),
+    [
+        (skipped_dpo_merge, "parity.merged.recovered", 0.01),
+        (dpo_on_other_weights, "parity.merged.adapter_base", 0.0),
+        (dpo_on_other_weights, "parity.sft.recovered", 0.01),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else str(value),
+)
+def test_the_ledger_of_a_line_with_dpo_catches(
+    bench: Bench, dpo_line: Line, tmp_path: Path, failure: Callable[[Line, Path], dict[str, Any]], metric: str, bound: float
+) -> None:
+    assert bench.ledger(dpo_line.dpo_config(quantized=None)).metrics()[metric] > bound
+    assert bench.ledger(dpo_line.dpo_config(**failure(dpo_line, tmp_path))).metrics()[metric] <= bound
 
 
 def test_a_template_that_is_only_written_another_way_is_equal(bench: Bench, tmp_path: Path) -> None:

@@ -161,6 +161,12 @@ def test_the_summary_fills_in_a_missing_validation_history(tmp_path: Path) -> No
     assert curve.validation == [(1, 3.6), (9, 2.7)]
 
 
+def test_dpo_has_a_curve_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.69}\n{"step": 2, "loss": 0.5}\n')
+    (curve,) = read_curves(dapt=None, sft=None, dpo=tmp_path)
+    assert (curve.title, curve.train) == ("DPO: loss on preferences", [(1, 0.69), (2, 0.5)])
+
+
 def test_an_adapter_without_history_has_no_curve(tmp_path: Path) -> None:
     assert read_curves(dapt=tmp_path, sft=None) == []
 

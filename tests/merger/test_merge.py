@@ -109,6 +109,17 @@ def test_a_disk_that_is_full_at_any_byte_leaves_nothing(tmp_path: Path, base: Pa
     assert weights_fingerprint(run(tmp_path / "work", base, adapter).output) == whole.weights_sha256
 
 
+def test_the_adapter_of_dpo_joins_those_before_it_and_no_others(tmp_path: Path, base: Path, adapter: Path) -> None:
+    """Trained on the merge of DAPT and SFT, applied to the base as the third; without the second it is refused."""
+    first = run(tmp_path / "merge_dapt", base, adapter)
+    second = record_training(make_adapter(first.output, tmp_path / "sft", seed=9), first.output, before=[adapter], first=base)
+    both = run(tmp_path / "merge_sft", base, adapter, second)
+    third = record_training(make_adapter(both.output, tmp_path / "dpo", seed=10), both.output, before=[adapter, second], first=base)
+    assert_equals_peft(run(tmp_path / "merge", base, adapter, second, third).output, merged_by_peft(base, adapter, second, third))
+    with pytest.raises(InvalidData, match=r"was trained on base .* with adapters"):
+        run(tmp_path / "without_sft", base, adapter, third)
+
+
 def test_output_is_a_complete_model_that_generates(tmp_path: Path, base: Path, adapter: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

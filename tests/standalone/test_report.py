@@ -87,6 +87,12 @@ def test_a_curve_skips_steps_without_a_finite_loss() -> None:
     ("kind", "result", "words"),
     [
         ("dapt", {"perplexity_before": 90.0, "perplexity_after": 30.0, "backend": "trl"}, "perplexity 90.0 → 30.0 (trl)"),
+        (
+            "dpo",
+            {**dict.fromkeys(("validation_loss_before", "validation_loss_after"), 0.5), "reward_accuracy": 0.9, "reward_margin": 1.2}
+            | {"backend": "trl", "perplexity_before": None},
+            "loss of pairs 0.500 → 0.500, better answers preferred in 90%, margin 1.20 (trl)",
+        ),
         ("merge", {"merged_tensors": 28, "tensors": 39, "dtype": "float16"}, "28 of 39"),
         ("quantize", {"parent_bytes": 4_700_000, "bytes": 3_200_000, "scheme": "bitsandbytes"}, "4.7 → 3.2 MB"),
         ("evaluate", {"metrics": {}}, "exact answers 10% → 80%, mean of kinds 70%, perplexity of books in SFT 600 → 3258"),
@@ -110,6 +116,15 @@ def test_every_stage_has_its_key_figure(kind: str, result: dict[str, Any] | None
     row = report.stage_row(job, measured | books)
     assert words in row["figure"]
     assert row["seconds"] == 2
+
+
+def test_a_line_with_dpo_tells_what_that_did_to_the_answers_and_has_a_column_for_it(told: dict[str, Any], tmp_path: Path) -> None:
+    job = {"name": "evaluate", "kind": "evaluate", "status": "succeeded", "started_at": None, "reused_from": None, "artifact_id": None}
+    measured = {"exact.base": 0.1, "exact.sft": 0.9, "exact.dpo": 0.7, "dpo.exact_change": -0.2}
+    assert report.stage_row({**job, "result": {"x": 1}}, measured)["figure"] == "exact answers 10% → 70%, -20 points in DPO"
+    told["samples"][0]["answers"] = {"quantized": "q", "dpo": "d", "sft": "s", "base": "b"}
+    page = report.write(told, tmp_path).read_text(encoding="utf-8")
+    assert page.index(">sft</th>") < page.index(">dpo</th>") < page.index(">quantized</th>")
 
 
 def test_the_deployment_tells_its_speed_and_its_parity() -> None:

@@ -24,6 +24,7 @@ from parampara.schemas.stages import ArtifactKind, DeployParams, Kind
 QUEUES: dict[Kind, str] = {
     "dapt": "train",
     "sft": "train",
+    "dpo": "train",
     "merge": "merge",
     "quantize": "quantize",
     "evaluate": "evaluate",
@@ -33,15 +34,16 @@ QUEUES: dict[Kind, str] = {
 ARTIFACT_KINDS: dict[Kind, ArtifactKind | None] = {
     "dapt": "adapter",
     "sft": "adapter",
+    "dpo": "adapter",
     "merge": "merged_model",
     "quantize": "quantized_model",
     "evaluate": "report",
     "deploy": None,
     "ingest": None,
 }
-STAGE_VERSIONS: dict[Kind, int] = {"dapt": 3, "sft": 3, "merge": 1, "quantize": 3, "evaluate": 4}
+STAGE_VERSIONS: dict[Kind, int] = {"dapt": 3, "sft": 3, "dpo": 1, "merge": 1, "quantize": 3, "evaluate": 4}
 """Raise one when its stage makes other bytes from equal inputs: earlier products are then not reused. Absent: never reused."""
-DATASETS = ("books", "books_validation", "qa", "qa_validation")
+DATASETS = ("books", "books_validation", "qa", "qa_validation", "preferences", "preferences_validation")
 
 Reference = dict[str, str]
 
@@ -60,11 +62,12 @@ class PlannedJob:
         return {"inputs": inputs, "params": dict(self.params), "reuse": reuse, **self.extra}
 
 
-def check_datasets(datasets: Mapping[str, Any]) -> dict[str, list[str]]:
+def check_datasets(datasets: Mapping[str, Any], recipe: Recipe) -> dict[str, list[str]]:
     """File ids per dataset, with every known key present.
 
     Raises:
-        InvalidRequest: unknown key, not a list of ids, the same file twice, or no books or questions at all.
+        InvalidRequest: unknown key, not a list of ids, the same file twice, no books or questions at all, or preferences where the
+            recipe does not train on them, or none where it does.
     """
     for key, value in datasets.items():
         if key not in DATASETS:
@@ -79,6 +82,7 @@ def check_datasets(datasets: Mapping[str, Any]) -> dict[str, list[str]]:
             raise InvalidRequest(
                 f"datasets.{key} is empty: give at least one file id.", param=f"datasets.{key}", code="missing_required_parameter"
             )
+    _check_preferences(checked, recipe)
     seen: dict[str, str] = {}
     for key, ids in checked.items():
         for file_id in ids:
@@ -89,7 +93,10 @@ def check_datasets(datasets: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def plan_run(recipe: Recipe, datasets: Mapping[str, list[str]]) -> list[PlannedJob]:
-    """The jobs of a run in order: dapt, merge_dapt, sft, merge, quantize, evaluate and, unless the recipe says null, deploy."""
+    """The jobs of a run in order: dapt, merge_dapt, sft, merge, quantize, evaluate and, unless the recipe says null, deploy.
+
+    Where the recipe has stage dpo, merge_sft and dpo stand between sft and merge.
+    """
     stages, base = recipe.stages, {"base": recipe.base_model}
     books = {"train": _files(datasets["books"]), "validation": _files(datasets["books_validation"])}
     qa = {"train": _files(datasets["qa"]), "validation": _files(datasets["qa_validation"])}
@@ -100,9 +107,9 @@ def plan_run(recipe: Recipe, datasets: Mapping[str, list[str]]) -> list[PlannedJ
         # SFT trains on this one, in the precision that DAPT trained in: nothing may be rounded away between the two
         PlannedJob("merge_dapt", "merge", ("dapt",), {"model": [base], "adapters": [{"job": "dapt"}]}, merge, {"dtype_of": "dapt"}),
         PlannedJob("sft", "sft", ("merge_dapt",), {"model": [{"job": "merge_dapt"}], **qa}, stages.sft.model_dump(mode="json"), training),
-        PlannedJob("merge", "merge", ("sft",), {"model": [base], "adapters": [{"job": "dapt"}, {"job": "sft"}]}, merge),
+        *_last_training(recipe, base, _preferences(recipe, datasets), training),
         _quantize(recipe, books, qa),
-        _evaluate(recipe, base, books, qa),
+        _evaluate(recipe, base, {**_data(books, qa), **_measured_preferences(recipe, datasets)}),
     ]
     if stages.deploy is not None:
         deploy = stages.deploy.model_dump(mode="json")
@@ -124,26 +131,79 @@ def ingest_spec(
     return {"inputs": {"documents": _files(file_ids)}, "params": params, "vector_store_id": vector_store_id, "reuse": False}
 
 
+def _check_preferences(checked: Mapping[str, list[str]], recipe: Recipe) -> None:
+    if recipe.stages.dpo is None:
+        for key in ("preferences", "preferences_validation"):
+            if checked[key]:
+                raise InvalidRequest(
+                    f"datasets.{key} is given, and recipe.stages.dpo is null: no stage would read it. Add `dpo: {{}}` to the recipe's "
+                    f"stages to train on preferences, or leave datasets.{key} out.",
+                    param=f"datasets.{key}",
+                )
+    elif not checked["preferences"]:
+        raise InvalidRequest(
+            "datasets.preferences is empty, and recipe.stages.dpo trains on it: give at least one file id, or set stages.dpo to null.",
+            param="datasets.preferences",
+            code="missing_required_parameter",
+        )
+
+
+def _last_training(
+    recipe: Recipe, base: Reference, preferences: Mapping[str, list[Reference]], training: Mapping[str, Any]
+) -> list[PlannedJob]:
+    """What follows sft up to the final merge, which applies every adapter to the base in one pass."""
+    merge, adapters = recipe.stages.merge.model_dump(mode="json"), [{"job": "dapt"}, {"job": "sft"}]
+    if recipe.stages.dpo is None:
+        return [PlannedJob("merge", "merge", ("sft",), {"model": [base], "adapters": adapters}, merge)]
+    final = [*adapters, {"job": "dpo"}]
+    return [
+        # as merge_dapt for SFT: DPO starts on unrounded weights, which are its reference too
+        PlannedJob("merge_sft", "merge", ("sft",), {"model": [base], "adapters": adapters}, merge, {"dtype_of": "sft"}),
+        PlannedJob("dpo", "dpo", ("merge_sft",), {"model": [{"job": "merge_sft"}], **preferences}, _dpo_params(recipe), training),
+        PlannedJob("merge", "merge", ("dpo",), {"model": [base], "adapters": final}, merge),
+    ]
+
+
+def _dpo_params(recipe: Recipe) -> dict[str, Any]:
+    """With the system prompt of SFT where DPO names none: preferences are learnt for the prompt that the questions are put with."""
+    assert recipe.stages.dpo is not None
+    params = recipe.stages.dpo.model_dump(mode="json")
+    return {**params, "system_prompt": recipe.stages.sft.system_prompt} if params["system_prompt"] is None else params
+
+
+def _preferences(recipe: Recipe, datasets: Mapping[str, list[str]]) -> dict[str, list[Reference]]:
+    if recipe.stages.dpo is None:
+        return {}
+    return {"train": _files(datasets["preferences"]), "validation": _files(datasets.get("preferences_validation", []))}
+
+
+def _measured_preferences(recipe: Recipe, datasets: Mapping[str, list[str]]) -> dict[str, list[Reference]]:
+    return {f"preferences_{name}": files for name, files in _preferences(recipe, datasets).items()}
+
+
 def _quantize(recipe: Recipe, books: Mapping[str, list[Reference]], qa: Mapping[str, list[Reference]]) -> PlannedJob:
     extra = {"seed": recipe.seed, **_training_params(recipe)}
     inputs = {"model": [{"job": "merge"}], **_data(books, qa)}
     return PlannedJob("quantize", "quantize", ("merge",), inputs, recipe.stages.quantize.model_dump(mode="json"), extra)
 
 
-def _evaluate(recipe: Recipe, base: Reference, books: Mapping[str, list[Reference]], qa: Mapping[str, list[Reference]]) -> PlannedJob:
+def _evaluate(recipe: Recipe, base: Reference, data: Mapping[str, list[Reference]]) -> PlannedJob:
+    dpo = recipe.stages.dpo is not None
     inputs = {
         "base": [base],
         "dapt_adapter": [{"job": "dapt"}],
         "dapt_merged": [{"job": "merge_dapt"}],
         "sft_adapter": [{"job": "sft"}],
+        **({"sft_merged": [{"job": "merge_sft"}], "dpo_adapter": [{"job": "dpo"}]} if dpo else {}),
         "merged": [{"job": "merge"}],
         "quantized": [{"job": "quantize"}],
-        **_data(books, qa),
+        **data,
     }
     extra = {
         "seed": recipe.seed,
         "base_model": recipe.base_model,
         **_training_params(recipe),
+        **({"dpo_params": _dpo_params(recipe)} if dpo else {}),
         "deploy_params": recipe.stages.deploy.model_dump(mode="json") if recipe.stages.deploy is not None else None,
         "gates": _gates(recipe, live=False),
     }

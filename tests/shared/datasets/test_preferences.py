@@ -124,6 +124,15 @@ def test_rows_of_several_files_count_together(tmp_path: Path) -> None:
     assert validate_preferences([one, two], ["a.jsonl", "b.jsonl"]) == 2
 
 
+def test_one_question_is_too_few_where_some_are_to_be_held_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", GOOD, {**GOOD, "rejected": "Mars"})
+    assert validate_preferences([path]) == 2
+    with pytest.raises(InvalidData, match=r"p\.jsonl: all 2 pairs are about one question"):
+        validate_preferences([path], split=True)
+    other = write(tmp_path / "q.jsonl", {**GOOD, "question": "Who rules Bharani?"})
+    assert validate_preferences([path, other], split=True) == 3
+
+
 def test_pairs_about_one_question_are_held_out_together_and_known_from_the_questions_of_sft(tmp_path: Path) -> None:
     rows = [{"question": f"Star {number}?", "chosen": "Ketu", "rejected": worse} for number in range(6) for worse in ("Sun", "Moon")]
     pairs = read_preferences(write(tmp_path / "p.jsonl", *rows))

@@ -72,11 +72,12 @@ class Queue:
         gates: list[dict[str, Any]] | None = None,
         deploy: Any = "kp",
         evaluate: dict[str, Any] | None = None,
+        dpo: dict[str, Any] | None = None,
         seed: int = 42,
         **options: Any,
     ) -> str:
         datasets = options.pop("datasets", None) or {"books": [self.book()], "qa": [self.upload("{}", "qa.jsonl")]}
-        stages = {"deploy": {"alias": deploy} if isinstance(deploy, str) else deploy, "evaluate": evaluate or {}}
+        stages = {"deploy": {"alias": deploy} if isinstance(deploy, str) else deploy, "evaluate": evaluate or {}, "dpo": dpo}
         recipe = parse_recipe({"name": "r", "base_model": "tiny", "seed": seed, "gates": gates or [], "stages": stages})
         with transaction(self.sessions) as session:
             return create_run(session, settings=self.settings, recipe=recipe, datasets=datasets, **options).id

@@ -64,6 +64,24 @@ def test_a_run_goes_through_all_stages_and_is_served(queue: Any) -> None:
     assert left == ["attempt-1.log", "config.json", "lock", "progress.jsonl", "result.json", "trace.jsonl"]
 
 
+def test_a_run_with_preferences_goes_through_dpo_and_takes_what_a_run_without_has_made(queue: Any) -> None:
+    datasets = {"books": [queue.book()], "qa": [queue.upload("{}", "qa.jsonl")]}
+    queue.start_run(datasets=datasets)
+    queue.work()
+    run_id = queue.start_run(datasets={**datasets, "preferences": [queue.upload("{}", "pairs.jsonl")]}, dpo={})
+    ended = dict(outcome.split(":") for outcome in queue.work())
+    assert list(ended) == ["dapt", "merge_dapt", "sft", "merge_sft", "dpo", "merge", "quantize", "evaluate", "deploy"]
+    assert [name for name, outcome in ended.items() if outcome == "reused"] == ["dapt", "merge_dapt", "sft"]
+    assert queue.the_run(run_id).state == "succeeded"
+    jobs, storage = queue.jobs(run_id), LocalStorage(queue.settings.artifacts_dir)
+    merged = (storage.path(jobs["merge"].artifact_id) / "merged.txt").read_text()
+    assert [merged.count(f"'{kind} ") for kind in ("dapt", "sft", "dpo")] == [1, 1, 1]
+    assert storage.manifest(jobs["dpo"].artifact_id).parents == [jobs["merge_sft"].artifact_id]
+    config = json.loads((queue.settings.work_dir / jobs["evaluate"].id / "config.json").read_text())
+    assert config["sft_merged"] == str(storage.path(jobs["merge_sft"].artifact_id))
+    assert config["dpo_adapter"] == str(storage.path(jobs["dpo"].artifact_id))
+
+
 def test_every_queued_job_has_its_doorbell_in_the_same_transaction(queue: Any) -> None:
     run_id = queue.start_run()
     queue.work()
@@ -480,6 +498,7 @@ def test_bad_datasets_leave_nothing_behind(queue: Any) -> None:
         ({"books": [book], "qa": [book]}, "datasets.qa"),
         ({"books": book, "qa": [qa]}, "datasets.books"),
         ({"books": [book], "qa": ["file-" + "0" * 24]}, "datasets.qa"),
+        ({"books": [book], "qa": [qa], "preferences": [queue.upload("{}", "pairs.jsonl")]}, "datasets.preferences"),
     ]
     for datasets, param in bad:
         with pytest.raises((InvalidRequest, NotFound)) as caught:

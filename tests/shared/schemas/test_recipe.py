@@ -79,6 +79,10 @@ def test_a_gate_without_a_real_bound_is_refused() -> None:
         ({}, [{"metric": "exact", "min": 0.5}], "recipe.gates.0.metric"),
         ({}, [{"metric": "parity.sft.kl", "max": 0.5}], "recipe.gates.0.metric"),
         ({}, [{"metric": "judge.score", "min": 0.5}], "recipe.gates.0.metric"),
+        ({"dpo": {"beta": 0}}, [], "recipe.stages.dpo.beta"),
+        ({"dpo": {"loss_type": "sigmoid", "label_smoothing": 0.1}}, [], "recipe.stages.dpo"),
+        ({"dpo": {}}, [{"metric": "dpo.reward", "min": 0.5}], "recipe.gates.0.metric"),
+        ({"dpo": {}}, [{"metric": "parity.dpo.kl", "max": 0.5}], "recipe.gates.0.metric"),
         ({"evaluate": {"judge": {"model": "m", "base_url": "http://169.254.169.254/"}}}, [], "recipe.stages.evaluate.judge.base_url"),
         ({"evaluate": {"judge": {"model": "m", "api_key": "k"}}}, [], "recipe.stages.evaluate.judge.api_key"),
         ({"evaluate": {"judge": {"model": "m\nHost: x"}}}, [], "recipe.stages.evaluate.judge.model"),
@@ -97,6 +101,31 @@ def test_what_can_never_work_is_refused_before_anything_runs(stages: dict[str, A
     with pytest.raises(InvalidRequest) as caught:
         parse_recipe({"name": "r", "base_model": "b", "stages": stages, "gates": gates})
     assert caught.value.param == param
+
+
+OF_DPO = [
+    *("dpo.reward_accuracy", "dpo.reward_margin", "dpo.validation_loss.after", "dpo.exact_change", "dpo.perplexity_change"),
+    *("exact.dpo", "perplexity.dpo", "validation_loss.dpo", "judge.score.dpo", "parity.sft.recovered"),
+]
+
+
+def test_gates_on_dpo_need_the_stage() -> None:
+    judge = {"evaluate": {"judge": {"model": "m"}, "formats": {"dpo": "x"}}}
+    gates = [{"metric": name, "min": 0} for name in OF_DPO]
+    made = parse_recipe({"name": "r", "base_model": "b", "stages": {**judge, "dpo": {}}, "gates": gates})
+    assert [gate.metric for gate in made.gates] == OF_DPO
+    for gate in gates:
+        with pytest.raises(InvalidRequest, match=r"recipe\.stages\.dpo is null\. Add `dpo: \{\}` there") as caught:
+            parse_recipe({"name": "r", "base_model": "b", "stages": judge, "gates": [gate]})
+        assert caught.value.param == "recipe.gates.0.metric"
+    named_alike = [{"metric": name, "min": 0} for name in ("format.dpo", "exact.kind.dpo", "parity.merged.kl")]
+    assert len(parse_recipe({"name": "r", "base_model": "b", "stages": judge, "gates": named_alike}).gates) == 3
+
+
+def test_dpo_is_off_unless_it_is_named() -> None:
+    assert parse_recipe({"name": "r", "base_model": "b"}).stages.dpo is None
+    named = parse_recipe({"name": "r", "base_model": "b", "stages": {"dpo": {}}}).stages.dpo
+    assert named is not None and (named.beta, named.loss_type, named.train.learning_rate) == (0.1, "sigmoid", 1e-5)
 
 
 def test_gates_may_name_every_metric_that_is_documented() -> None:

@@ -24,8 +24,9 @@ _DESCRIPTION = """
 Files, runs, jobs, artifacts, deployments and keys of Parampara.
 
 A **run** takes a base model through DAPT, merge, SFT, merge, quantization, evaluation and deployment, as its **recipe**
-declares. Upload books and Q&A with `POST /v1/files`, start the run with `POST /v1/runs`, follow it on
-`/v1/runs/{id}/events/stream`, then chat with its alias through the gateway.
+declares; where that asks for DPO, preferences are learnt before the last merge. Upload books, Q&A and preferences with
+`POST /v1/files`, start the run with `POST /v1/runs`, follow it on `/v1/runs/{id}/events/stream`, then chat with its alias
+through the gateway.
 
 Send `Authorization: Bearer <key>` with every request. Errors have one form everywhere:
 `{"error": {"message", "type", "param", "code"}}`. Lists are walked with `after=<last_id>` until `has_more` is false.

@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from parampara.schemas.ledger import ParityLedger
+from parampara.schemas.metrics import last_merged
 from parampara.schemas.stages import EvaluateConfig, EvaluateResult
 
 _RESULTS = {
@@ -15,18 +16,21 @@ _RESULTS = {
     "perplexity": ("perplexity", "Perplexity", "held-out books"),
 }
 """Metric of the served model to type, name and data set as the hub shows them."""
+_WITHOUT_DPO = "Domain-adaptive pretraining and supervised fine-tuning, both by LoRA, merged into the base"
+_WITH_DPO = "Domain-adaptive pretraining, supervised fine-tuning and direct preference optimization, each by LoRA, merged into the base"
 
 
 def model_card(config: EvaluateConfig, result: EvaluateResult, ledger: ParityLedger) -> str:
     """Text of the card: front matter with the results of the served model, then how it was made and what was measured."""
-    served = "quantized" if config.quantized is not None else "sft"
+    dpo = config.dpo_adapter is not None
+    served = "quantized" if config.quantized is not None else last_merged([model.name for model in ledger.models])
     base = config.base_model or "base"
     data = ModelCardData(
         base_model=config.base_model or None,
         library_name="vllm" if served == "quantized" else "transformers",
         pipeline_tag="text-generation",
         license=_license(config.base),
-        tags=["parampara", "lora", "merged", *(["8-bit"] if served == "quantized" else [])],
+        tags=["parampara", "lora", *(["dpo"] if dpo else []), "merged", *(["8-bit"] if served == "quantized" else [])],
         model_name=f"{base.rpartition('/')[2]}-expert",
         eval_results=[
             EvalResult(
@@ -41,19 +45,19 @@ def model_card(config: EvaluateConfig, result: EvaluateResult, ledger: ParityLed
             if f"{metric}.{served}" in result.metrics
         ],
     )
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_body(base, served, result, ledger))
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_body(base, served, result, ledger, dpo=dpo))
 
 
-def _body(base: str, served: str, result: EvaluateResult, ledger: ParityLedger) -> list[str]:
+def _body(base: str, served: str, result: EvaluateResult, ledger: ParityLedger, *, dpo: bool) -> list[str]:
     model = next(model for model in ledger.models if model.name == served)
     shown = ("kl", "top1", "recovered", "perplexity_change", "chat_template")
     parity = [step.model_dump() for step in ledger.transitions]
     return [
         f"# A domain expert on {base}",
         "",
-        "Domain-adaptive pretraining and supervised fine-tuning, both by LoRA, merged into the base"
-        + (" and quantized to eight bits." if served == "quantized" else "."),
+        (_WITH_DPO if dpo else _WITHOUT_DPO) + (" and quantized to eight bits." if served == "quantized" else "."),
         f"Weights `sha256:{model.weights_sha256}`.",
+        *_preferences(result.metrics),
         "",
         f"## Gates: {result.decision}",
         "",
@@ -67,6 +71,14 @@ def _body(base: str, served: str, result: EvaluateResult, ledger: ParityLedger) 
         *_table(["transition", *shown], [[step["name"], *(step[name] for name in shown)] for step in parity]),
         "",
     ]
+
+
+def _preferences(metrics: dict[str, float]) -> list[str]:
+    """What was learnt from preferences, where there were any and the adapter says so."""
+    if "dpo.reward_accuracy" not in metrics:
+        return []
+    margin = f", by {metrics['dpo.reward_margin']:.4g} on average" if "dpo.reward_margin" in metrics else ""
+    return [f"Of held-out pairs of answers, the better one gained more in {metrics['dpo.reward_accuracy']:.1%}{margin}."]
 
 
 def _table(head: list[str], rows: list[list[object]]) -> list[str]:

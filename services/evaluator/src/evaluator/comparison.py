@@ -15,13 +15,12 @@ from pydantic import ValidationError
 
 from parampara.errors import InvalidData
 from parampara.schemas.comparison import Comparison, Flip, Interval, Item, ItemAnswer
+from parampara.schemas.metrics import last_merged
 
 ITEMS_NAME = "items.jsonl"
 RESAMPLES = 10_000
 _CHUNK = 1 << 22
 """Numbers drawn at once: 32 MiB."""
-_SERVED = ("quantized", "sft")
-"""The model of a line that is served: the last one that it has."""
 
 
 def read_items(directory: Path) -> list[Item] | None:
@@ -82,7 +81,8 @@ def paired_bootstrap(differences: Sequence[float], *, seed: int, resamples: int 
 
 
 def _served(item: Item) -> ItemAnswer | None:
-    return next((item.models[name] for name in _SERVED if name in item.models), None)
+    """Of the model that is served: the last one that the line has."""
+    return item.models.get("quantized") or item.models.get(last_merged(item.models))
 
 
 def _flip(item: Item, champion: ItemAnswer, candidate: ItemAnswer) -> Flip:

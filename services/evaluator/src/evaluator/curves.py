@@ -30,14 +30,26 @@ class Curve:
     """How it was trained, how fast and at what cost; empty where the adapter does not say."""
 
 
-def read_curves(*, dapt: Path | None, sft: Path | None) -> list[Curve]:
+def read_curves(*, dapt: Path | None = None, sft: Path | None = None, dpo: Path | None = None) -> list[Curve]:
     """Curves of the adapters that have a history: ``metrics.jsonl``, one ``{"step", "loss", ...}`` per line.
 
     The validation loss before and after training comes from ``training.json`` where the history holds none.
     """
-    adapters = {"DAPT: loss on books": dapt, "SFT: loss on answers": sft}
+    adapters = {"DAPT: loss on books": dapt, "SFT: loss on answers": sft, "DPO: loss on preferences": dpo}
     curves = [_read(title, directory) for title, directory in adapters.items() if directory is not None]
     return [curve for curve in curves if len(curve.train) > 1 or len(curve.validation) > 1]
+
+
+def preference_metrics(adapter: Path) -> dict[str, float]:
+    """What stage dpo measured on held-out pairs, from the adapter's ``training.json``; what that does not say is left out."""
+    summary = _json(adapter / "training.json")
+    told = {
+        "dpo.validation_loss.before": summary.get("validation_loss_before"),
+        "dpo.validation_loss.after": summary.get("validation_loss_after"),
+        "dpo.reward_accuracy": summary.get("reward_accuracy"),
+        "dpo.reward_margin": summary.get("reward_margin"),
+    }
+    return {name: value for name, given in told.items() if (value := _finite(given)) is not None}
 
 
 def draw(curve: Curve) -> Markup:

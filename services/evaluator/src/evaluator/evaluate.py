@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from evaluator import comparison, expectations, harness, judge, metrics, parity, plateau, report
 from evaluator.answers import compile_formats, generate
@@ -26,7 +27,7 @@ from parampara import gates
 from parampara.errors import OutOfMemory
 from parampara.progress import Progress
 from parampara.schemas.comparison import Comparison, Item
-from parampara.schemas.expectations import FILE_NAME, Expectations
+from parampara.schemas.expectations import FILE_NAME, Expectations, ServedModel
 from parampara.schemas.stages import EvaluateConfig, EvaluateResult
 from parampara.storage import fsync_tree
 
@@ -59,7 +60,8 @@ def run(config: EvaluateConfig, *, workdir: Path, progress: Progress, judge_api_
         judge.require_answering(asked_judge, meter)
     if material.held_out.trained_on:
         asked = len(material.held_out.questions)
-        meter.warn(f"{material.held_out.trained_on} of {asked} held-out questions are asked in the training files too; bring others.")
+        asked_in = "training files" if config.preferences is None else "training files or preferences"
+        meter.warn(f"{material.held_out.trained_on} of {asked} held-out questions are asked in the {asked_in} too; bring others.")
     try:
         tested = harness.evaluate(config, scratch=scratch, meter=meter)
         measured, recorded = measure_line(config, line, material, scratch=scratch, meter=meter)
@@ -86,7 +88,7 @@ def run(config: EvaluateConfig, *, workdir: Path, progress: Progress, judge_api_
         seconds=time.monotonic() - started,
     )
     meter.phase("write report")
-    curves = read_curves(dapt=config.dapt_adapter, sft=config.sft_adapter)
+    curves = read_curves(dapt=config.dapt_adapter, sft=config.sft_adapter, dpo=config.dpo_adapter)
     _publish(
         config,
         Findings(result, ledger, curves, items, compared, config.params.judge, tested),
@@ -135,7 +137,7 @@ def _compare(config: EvaluateConfig, items: Sequence[Item], meter: Meter) -> Com
 
 
 def _plateau(config: EvaluateConfig) -> dict[str, float]:
-    (curve,) = read_curves(dapt=None, sft=config.sft_adapter) or [None]
+    (curve,) = read_curves(sft=config.sft_adapter) or [None]
     return plateau.metrics(curve.validation) if curve is not None else {}
 
 
@@ -150,7 +152,7 @@ def _expect(model: Loaded, member: Member, config: EvaluateConfig, material: Mat
     return expectations.measure(
         model,
         material.expected,
-        name="sft" if member.name == "sft" else "quantized",
+        name=cast(ServedModel, member.name),  # the last of a line is one of these
         directory=member.directory,
         max_new_tokens=min(config.params.max_new_tokens, GREEDY_PROBE_TOKENS),
         meter=meter,

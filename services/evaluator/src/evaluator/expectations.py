@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from evaluator.answers import generate_ids
 from evaluator.meter import Meter
@@ -22,6 +22,7 @@ from parampara.schemas.expectations import (
     Expectations,
     ExpectedProbe,
     ProbeMessage,
+    ServedModel,
     generation_config,
 )
 
@@ -63,7 +64,7 @@ def prepare(tokenizer: Any, conversations: Sequence[Conversation], *, positions:
 
 
 def measure(
-    model: Loaded, prepared: Sequence[Prepared], *, name: Literal["sft", "quantized"], directory: Path, max_new_tokens: int, meter: Meter
+    model: Loaded, prepared: Sequence[Prepared], *, name: ServedModel, directory: Path, max_new_tokens: int, meter: Meter
 ) -> Expectations | None:
     """Run the conversations through ``model``, which was loaded from ``directory``; None where there is none.
 

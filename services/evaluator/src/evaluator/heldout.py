@@ -12,7 +12,8 @@ from evaluator.language import language_of
 from evaluator.models import Conversation
 from parampara.datasets import QaRow, count_asked_in_both, read_qa
 from parampara.datasets.chat import conversation_of, token_ids
-from parampara.datasets.held_out import held_out_rows, held_out_texts
+from parampara.datasets.held_out import held_out_rows, held_out_texts, trained_pairs
+from parampara.datasets.rows import Row
 from parampara.schemas.stages import EvaluateConfig
 
 
@@ -23,7 +24,7 @@ class HeldOut:
     probes: list[Conversation]
     """Conversations for the parity ledger: the first of ``questions``, answers included."""
     trained_on: int = 0
-    """How many of ``questions`` are asked in the training files too: their exact rate tells of memory."""
+    """How many of ``questions`` are asked in the training files or the preferences too: their exact rate tells of memory."""
     lexicon: Lexicon | None = None
     """English and Hindi words of the training files; None where they hold one language only."""
 
@@ -53,10 +54,14 @@ def read_held_out(config: EvaluateConfig, tokenizer: Any) -> HeldOut:
 
 
 def _trained_on(config: EvaluateConfig, rows: Sequence[QaRow]) -> int:
-    """How many of the held-out rows ask what a training row asks too; none where the split of training held them out."""
-    if not config.qa.validation:
-        return 0
-    return count_asked_in_both([row for path in config.qa.train for row in read_qa(path)], rows)
+    """How many of the held-out rows ask what a training row or a pair that DPO trained on asks too.
+
+    The split of SFT held them out of its own files; it knows nothing of the preferences.
+    """
+    trained: list[Row] = [row for path in config.qa.train for row in read_qa(path)] if config.qa.validation else []
+    if config.preferences is not None:
+        trained += trained_pairs(config.preferences, config.dpo_params, seed=config.seed)
+    return count_asked_in_both(trained, rows)
 
 
 def _lexicon(config: EvaluateConfig) -> Lexicon | None:

@@ -1,4 +1,4 @@
-"""Answers of the final models, graded by a language model elsewhere: an answer in other words than the reference is not an exact one.
+"""Answers of the models from SFT on, graded by a language model elsewhere: an answer in other words than the reference is not an exact one.
 
 Each distinct answer to a question is judged once, whichever models gave it. What could not be judged is counted and has no score.
 """
@@ -18,7 +18,7 @@ from parampara.errors import InvalidRequest, Unavailable
 from parampara.schemas.comparison import Item, Judgement
 from parampara.schemas.stages import EvaluateConfig, JudgeEndpoint, JudgeParams
 
-_JUDGED_MODELS = ("sft", "quantized")
+_JUDGED_MODELS = ("sft", "dpo", "quantized")
 _POLL_SECONDS = 0.2
 _REPORT_SECONDS = 15.0
 _GIVE_UP_AFTER = 10
@@ -56,7 +56,8 @@ def work(judge: Judge | None, config: EvaluateConfig, questions: int) -> int:
     """Items that judging takes, as :class:`evaluator.meter.Meter` counts them."""
     if judge is None:
         return 0
-    return min(judge.params.max_questions, questions) * (2 if config.quantized is not None else 1)
+    models = 1 + (config.dpo_adapter is not None) + (config.quantized is not None)
+    return min(judge.params.max_questions, questions) * models
 
 
 def require_answering(judge: Judge, meter: Meter) -> None:
@@ -75,7 +76,7 @@ def require_answering(judge: Judge, meter: Meter) -> None:
 def judge_items(
     judge: Judge, items: Sequence[Item], questions: Sequence[Question], measured: dict[str, Measured], meter: Meter
 ) -> list[Item]:
-    """``items`` with a judgement of each answer of the final models to the first ``max_questions`` of the questions.
+    """``items`` with a judgement of each answer of the models from SFT on to the first ``max_questions`` of the questions.
 
     Raises:
         Preempted: asked to stop.

@@ -13,6 +13,7 @@ from evaluator import parity
 from evaluator.line import Member
 from evaluator.meter import Meter
 from parampara.errors import InvalidData
+from parampara.schemas.metrics import last_merged
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,18 @@ class Transition:
 
 
 def transitions(line: Sequence[Member]) -> list[Transition]:
-    """The transitions that this line has."""
+    """The transitions that this line has; the one into the final merged model is ``merged``, whichever adapter was the last."""
     by_name = {member.name: member for member in line}
-    base, last = by_name["base"], by_name["sft"]
+    base, last = by_name["base"], by_name[last_merged(by_name)]
     before = by_name.get("dapt", base)
     found: list[Transition] = []
     if "dapt_adapter" in by_name:
         found.append(Transition("dapt", by_name["dapt_adapter"], by_name["dapt"], base))
-    if "sft_adapter" in by_name:
+    if "dpo_adapter" in by_name:
+        if "sft_adapter" in by_name:
+            found.append(Transition("sft", by_name["sft_adapter"], by_name["sft"], before))
+        found.append(Transition("merged", by_name["dpo_adapter"], last, by_name["sft"]))
+    elif "sft_adapter" in by_name:
         found.append(Transition("merged", by_name["sft_adapter"], last, before))
     elif adapted := by_name.get("dapt_adapter") or by_name.get("dapt"):
         found.append(Transition("merged", adapted, last, base))

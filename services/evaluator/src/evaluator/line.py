@@ -62,11 +62,16 @@ def members(config: EvaluateConfig) -> list[Member]:
     """The models of the line, oldest first, as far as the config names them.
 
     ``base``; ``dapt_adapter`` on it; ``dapt``, the merged DAPT model, or the adapter on the base where none was written;
-    ``sft_adapter`` on that; ``sft``, the final merged model; ``quantized``.
+    ``sft_adapter`` on that; ``sft``, the merged model after it; where there was DPO ``dpo_adapter`` on that and ``dpo``, merged; then
+    ``quantized``. The last of them before that is the final merged model, :func:`parampara.schemas.metrics.last_merged`.
 
     Raises:
-        InvalidData: an SFT adapter without the model it was trained on.
+        InvalidData: an SFT or DPO adapter without the model it was trained on, or a merged SFT model before the final one without DPO.
     """
+    if (config.dpo_adapter is None) != (config.sft_merged is None):
+        raise InvalidData(
+            "dpo_adapter was trained on the merged SFT model; name both or neither, the model in sft_merged.", param="sft_merged"
+        )
     line = [Member("base", config.base)]
     if config.dapt_adapter is not None and config.dapt_merged is not None:
         line.append(Member("dapt_adapter", config.base, config.dapt_adapter, measured=False))
@@ -78,7 +83,9 @@ def members(config: EvaluateConfig) -> list[Member]:
         if config.dapt_adapter is not None and config.dapt_merged is None:
             raise InvalidData("sft_adapter was trained on the merged DAPT model; name that model in dapt_merged.", param="dapt_merged")
         line.append(Member("sft_adapter", config.dapt_merged or config.base, config.sft_adapter, measured=False))
-    line.append(Member("sft", config.merged))
+    if config.sft_merged is not None:
+        line += [Member("sft", config.sft_merged), Member("dpo_adapter", config.sft_merged, config.dpo_adapter, measured=False)]
+    line.append(Member("sft" if config.sft_merged is None else "dpo", config.merged))
     if config.quantized is not None:
         line.append(Member("quantized", config.quantized))
     return line

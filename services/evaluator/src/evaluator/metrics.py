@@ -7,9 +7,11 @@ from pathlib import Path
 
 from evaluator import code_mixing, memory
 from evaluator.answers import Question, answer_part, exact_rates, format_rates, normalise, share
+from evaluator.curves import preference_metrics
 from evaluator.language import Language, language_rate
 from evaluator.line import Material, Measured
 from parampara.schemas.ledger import ParityLedger
+from parampara.schemas.metrics import last_merged
 from parampara.schemas.stages import EvaluateConfig, Sample
 
 _SAMPLES = 8
@@ -22,7 +24,8 @@ def collect(config: EvaluateConfig, measured: dict[str, Measured], material: Mat
     sizes = {f"size.{name}_bytes": float(memory.weight_bytes(path)) for name, path in _weights(config).items()}
     served = config.quantized or config.merged
     sizes |= memory.metrics(served, config.deploy_params) if config.deploy_params is not None else {}
-    return ledger.metrics() | _losses(measured) | _answer_rates(config, measured, questions) | _mixing(measured, material) | sizes
+    learnt = preference_metrics(config.dpo_adapter) if config.dpo_adapter is not None else {}
+    return ledger.metrics() | _losses(measured) | learnt | _answer_rates(config, measured, questions) | _mixing(measured, material) | sizes
 
 
 def samples(questions: list[Question], measured: dict[str, Measured]) -> list[Sample]:
@@ -58,14 +61,17 @@ def _losses(measured: dict[str, Measured]) -> dict[str, float]:
         metrics["dapt.loss.before"] = math.log(metrics["perplexity.base"])
         metrics["dapt.loss.after"] = math.log(metrics["perplexity.dapt"])
         metrics["sft.perplexity_change"] = metrics["perplexity.sft"] / metrics["perplexity.dapt"] - 1
+    if "dpo" in measured:
+        metrics["dpo.perplexity_change"] = metrics["perplexity.dpo"] / metrics["perplexity.sft"] - 1
     if "quantized" in measured:
-        metrics["quantize.perplexity_increase"] = metrics["perplexity.quantized"] / metrics["perplexity.sft"] - 1
+        metrics["quantize.perplexity_increase"] = metrics["perplexity.quantized"] / metrics[f"perplexity.{last_merged(measured)}"] - 1
     return metrics
 
 
 def _answer_rates(config: EvaluateConfig, measured: dict[str, Measured], questions: list[Question]) -> dict[str, float]:
     metrics = {f"exact.{name}": exact_rates(questions, model.answers).overall for name, model in measured.items() if model.answers}
-    answers = measured["sft"].answers
+    last = last_merged(measured)
+    answers = measured[last].answers
     rates = exact_rates(questions, answers)
     if rates.by_kind:
         metrics["exact.kinds_mean"] = sum(rates.by_kind.values()) / len(rates.by_kind)
@@ -77,18 +83,20 @@ def _answer_rates(config: EvaluateConfig, measured: dict[str, Measured], questio
     for language in _RATED_LANGUAGES:
         told = {f"language.{language}": answers, f"language.reference.{language}": references}
         metrics |= {name: rate for name, texts in told.items() if (rate := language_rate(asked, texts, language)) is not None}
+    if "dpo" in measured:
+        metrics["dpo.exact_change"] = metrics["exact.dpo"] - metrics["exact.sft"]
     if "quantized" in measured:
         pairs = zip(answers, measured["quantized"].answers, strict=True)
-        metrics["quantize.exact_change"] = metrics["exact.quantized"] - metrics["exact.sft"]
+        metrics["quantize.exact_change"] = metrics["exact.quantized"] - metrics[f"exact.{last}"]
         metrics["quantize.same_answer"] = share([normalise(answer_part(a)) == normalise(answer_part(b)) for a, b in pairs])
     return metrics
 
 
 def _mixing(measured: dict[str, Measured], material: Material) -> dict[str, float]:
-    """How the final model mixes English into Hinglish, beside how the data does."""
+    """How the final merged model mixes English into Hinglish, beside how the data does."""
     if (lexicon := material.held_out.lexicon) is None:
         return {}
-    pairs = zip(material.held_out.questions, measured["sft"].answers, strict=True)
+    pairs = zip(material.held_out.questions, measured[last_merged(measured)].answers, strict=True)
     asked = [(question.reference, answer) for question, answer in pairs if question.language == "hinglish"]
     return code_mixing.metrics(lexicon, answers=[answer for _, answer in asked], references=[reference for reference, _ in asked])
 

@@ -1,7 +1,7 @@
 """The parity ledger: is the next model of the line the same model as the one before it?
 
 Each transition compares a candidate with its reference on a fixed probe set (held-out conversations, teacher forced): an
-adapter on its base with the merged model, and the merged model with the quantized one. Recorded distributions lie in files,
+adapter on its base with the merged model, and the final merged model with the quantized one. Recorded distributions lie in files,
 so that only one model is in memory at a time; ``evaluator.ledger`` says how long.
 """
 

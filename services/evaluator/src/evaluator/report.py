@@ -16,13 +16,13 @@ from evaluator.harness import FILE_NAME as HARNESS_FILE_NAME
 from evaluator.items import as_lines
 from parampara.schemas.comparison import Comparison, Item, Judgement
 from parampara.schemas.ledger import ParityLedger
+from parampara.schemas.metrics import MODELS, last_merged
 from parampara.schemas.stages import EvaluateResult, JudgeParams
 
-MODELS = ["base", "dapt", "sft", "quantized"]
-_MODEL_TITLES = {"base": "Base", "dapt": "DAPT", "sft": "SFT", "quantized": "Quantized"}
+_MODEL_TITLES = {"base": "Base", "dapt": "DAPT", "sft": "SFT", "dpo": "DPO", "quantized": "Quantized"}
 _TRANSITIONS = {
     "dapt": "DAPT adapter → merged DAPT model",
-    "merged": "SFT adapter → final merged model",
+    "sft": "SFT adapter → merged SFT model",
     "quantized": "Merged model → quantized model",
 }
 _DECISIONS = {
@@ -90,6 +90,7 @@ def render(findings: Findings) -> str:
         headlines=_headlines(metrics),
         charts=[(curve.title, curves.draw(curve), curve.note) for curve in findings.history],
         models=[(name, _MODEL_TITLES[name]) for name in MODELS if f"perplexity.{name}" in metrics],
+        final=_MODEL_TITLES[_final(metrics)],
         metrics=metrics,
         ledger=findings.ledger,
         comparison=findings.comparison,
@@ -98,11 +99,16 @@ def render(findings: Findings) -> str:
         worst=_worst(findings.items, metrics),
         harness=findings.harness,
         tested=_tested(metrics, findings.harness),
-        transition_titles=_TRANSITIONS,
+        transition_titles={**_TRANSITIONS, "merged": f"{_MODEL_TITLES[_final(metrics)]} adapter → final merged model"},
         groups=[(title, _below(metrics, prefix)) for prefix, title in _GROUP_TITLES.items() if _below(metrics, prefix)],
         formats=_below(metrics, "format"),
         languages={name: rate for name, rate in _below(metrics, "language").items() if "." not in name},
     )
+
+
+def _final(metrics: dict[str, float]) -> str:
+    """Name of the final merged model, by what was measured."""
+    return last_merged([name for name in MODELS if f"exact.{name}" in metrics])
 
 
 def _judged(items: Sequence[Item], metrics: dict[str, float]) -> list[tuple[str, float | None, int, int]]:
@@ -174,17 +180,30 @@ def _headlines(metrics: dict[str, float]) -> list[Headline]:
         )
     )
     kinds = f"; mean over kinds {percent(metrics['exact.kinds_mean'])}" if "exact.kinds_mean" in metrics else ""
-    headlines.append(
-        Headline("Exact answers", percent(metrics["exact.base"]), percent(metrics["exact.sft"]), f"held-out questions, base to SFT{kinds}")
-    )
+    final = _final(metrics)
+    note = f"held-out questions, base to {_MODEL_TITLES[final]}{kinds}"
+    headlines.append(Headline("Exact answers", percent(metrics["exact.base"]), percent(metrics[f"exact.{final}"]), note))
     if "sft.perplexity_change" in metrics:
         note = f"{metrics['sft.perplexity_change'] * 100:+,.0f} % in SFT on held-out books: what DAPT gained and the answers cost"
         headlines.append(_change("Books after SFT", metrics, "perplexity.dapt", "perplexity.sft", note=note))
+    if "dpo.exact_change" in metrics:
+        headlines.append(_preferences(metrics))
     if "quantize.perplexity_increase" in metrics:
         size = metrics["size.quantized_bytes"] / metrics["size.merged_bytes"]
         note = f"{change(metrics['quantize.perplexity_increase'])} perplexity, {percent(size)} of the size"
-        headlines.append(Headline("Eight bits", percent(metrics["exact.sft"]), percent(metrics["exact.quantized"]), note))
+        headlines.append(Headline("Eight bits", percent(metrics[f"exact.{final}"]), percent(metrics["exact.quantized"]), note))
     return headlines
+
+
+def _preferences(metrics: dict[str, float]) -> Headline:
+    """What DPO learnt, and what it did to the exact answers."""
+    learnt = (
+        f"better answers gained more in {percent(metrics['dpo.reward_accuracy'])} of the pairs; "
+        if "dpo.reward_accuracy" in metrics
+        else ""
+    )
+    note = f"DPO loss on held-out pairs; {learnt}exact answers {metrics['dpo.exact_change'] * 100:+.1f} points"
+    return _change("Preferences", metrics, "dpo.validation_loss.before", "dpo.validation_loss.after", note=note)
 
 
 def _change(title: str, metrics: dict[str, float], before: str, after: str, *, note: str) -> Headline:

@@ -146,6 +146,8 @@ def submit(
     qa: Annotated[list[Path], typer.Option(help="Q&A files (JSONL); repeat for each.")],
     books_validation: Annotated[list[Path] | None, typer.Option(help="Held-out text.")] = None,
     qa_validation: Annotated[list[Path] | None, typer.Option(help="Held-out questions.")] = None,
+    preferences: Annotated[list[Path] | None, typer.Option(help="Preferences (JSONL) for a recipe with stage dpo.")] = None,
+    preferences_validation: Annotated[list[Path] | None, typer.Option(help="Held-out preferences.")] = None,
     reuse: Annotated[bool, typer.Option(help="Take products of equal earlier jobs.")] = True,
     watch: Annotated[bool, typer.Option("--watch", help="Follow it to the end.")] = False,
 ) -> None:
@@ -154,7 +156,14 @@ def submit(
     from standalone.submitting import submit_run
 
     with _failures(), Platform.of(_target(context)) as platform:
-        data = {"books": books, "qa": qa, "books_validation": books_validation or [], "qa_validation": qa_validation or []}
+        data = {
+            "books": books,
+            "qa": qa,
+            "books_validation": books_validation or [],
+            "qa_validation": qa_validation or [],
+            "preferences": preferences or [],
+            "preferences_validation": preferences_validation or [],
+        }
         run = submit_run(platform, recipe, data, reuse=reuse)
         console.print(run["id"], highlight=False)
         if watch:

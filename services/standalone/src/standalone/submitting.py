@@ -9,12 +9,10 @@ from typing import Any
 from parampara.errors import InvalidRequest
 from standalone.client import Platform
 
-PURPOSES = {"books": "fine-tune", "books_validation": "fine-tune", "qa": "fine-tune", "qa_validation": "fine-tune"}
-
 
 def upload_all(platform: Platform, data: Mapping[str, Sequence[Path]]) -> dict[str, list[str]]:
     """Data set name to the ids of its uploaded files."""
-    return {name: [platform.upload(path, purpose=PURPOSES[name])["id"] for path in paths] for name, paths in data.items()}
+    return {name: [platform.upload(path, purpose="fine-tune")["id"] for path in paths] for name, paths in data.items()}
 
 
 def create_run(

@@ -12,9 +12,10 @@ from typing import TypeVar
 
 from parampara.datasets.books import read_book
 from parampara.datasets.chunks import CountTokens, chunk_documents
+from parampara.datasets.preferences import PreferenceRow, read_preferences
 from parampara.datasets.qa import QaRow, read_qa
 from parampara.datasets.split import content_hash, hold_out
-from parampara.schemas.stages import DaptParams, QaData, SftParams, TextData
+from parampara.schemas.stages import DaptParams, DpoParams, PreferenceData, QaData, SftParams, TextData
 
 Item = TypeVar("Item")
 
@@ -54,6 +55,18 @@ def trained_rows(data: QaData, params: SftParams, *, limit: int, seed: int) -> l
     if not data.validation:
         rows, _ = hold_out(rows, fraction=params.validation_fraction, seed=seed, content=lambda row: row.asked)
     return first_by_content(rows, content=lambda row: row.text, limit=limit, seed=seed)
+
+
+def trained_pairs(data: PreferenceData, params: DpoParams, *, seed: int) -> list[PreferenceRow]:
+    """The pairs that DPO trains on.
+
+    Raises:
+        InvalidData: a file is missing or not what it has to be.
+    """
+    rows = [row for path in data.train for row in read_preferences(path)]
+    if not data.validation:
+        rows, _ = hold_out(rows, fraction=params.validation_fraction, seed=seed, content=lambda row: row.asked, what="pairs")
+    return rows
 
 
 def first_by_content(items: Sequence[Item], *, content: Callable[[Item], str], limit: int, seed: int) -> list[Item]:

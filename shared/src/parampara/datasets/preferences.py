@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from parampara.datasets.rows import (
+    MIN_ROWS,
     Message,
     RawRow,
     asked,
@@ -59,23 +60,34 @@ def read_preferences(path: Path, label: str | None = None) -> list[PreferenceRow
     return [_row(row) for row in read_rows(path, name=label or path.name, what=_WHAT)]
 
 
-def validate_preferences(paths: Iterable[Path], labels: Iterable[str] | None = None) -> int:
+def validate_preferences(paths: Iterable[Path], labels: Iterable[str] | None = None, *, split: bool = False) -> int:
     """Check every row of every file without keeping them; return how many distinct rows there are.
 
+    ``split``: some of these very questions are to be held out, for which one is not enough, however many pairs are about it.
+
     Raises:
-        InvalidData: as :func:`read_preferences`; or all files together hold fewer than ``MIN_ROWS`` distinct rows.
+        InvalidData: as :func:`read_preferences`; or all files together hold fewer than ``MIN_ROWS`` distinct rows, or questions.
     """
     files = list(paths)
     if not files:
         raise InvalidData("No preference file was given; at least one is needed.", param="preferences")
     distinct: set[str] = set()
+    questions: set[str] = set()
     total = 0
     names = list(labels) if labels is not None else [path.name for path in files]
     for path, name in zip(files, names, strict=True):
         for row in read_rows(path, name=name, what=_WHAT):
-            distinct.add(content_hash(_row(row).text))
+            read = _row(row)
+            distinct.add(content_hash(read.text))
+            questions.add(content_hash(read.asked))
             total += 1
     require_enough(total, distinct=len(distinct), name=", ".join(names))
+    if split and len(questions) < MIN_ROWS:
+        raise InvalidData(
+            f"{', '.join(names)}: all {total} pairs are about one question; bring pairs about another one, or validation files, "
+            "for a question is either trained on or held out.",
+            param=", ".join(names),
+        )
     return len(distinct)
 
 

@@ -36,10 +36,12 @@ class Row(Protocol):
     @property
     def asked(self) -> str:
         """All that the user said."""
+        ...
 
     @property
     def text(self) -> str:
         """All that was said but system prompts."""
+        ...
 
 
 @dataclass(frozen=True)

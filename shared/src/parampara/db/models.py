@@ -72,7 +72,8 @@ class Run(Base):
     recipe: Mapped[dict[str, Any]]
     """The validated recipe with every default filled in."""
     datasets: Mapped[dict[str, Any]]
-    """``{"books": [file ids], "books_validation": [...], "qa": [...], "qa_validation": [...]}``."""
+    """``{"books": [file ids], "books_validation": [...], "qa": [...], "qa_validation": [...], "preferences": [...],
+    "preferences_validation": [...]}``; runs from before stage dpo lack the last two."""
     state: Mapped[str] = mapped_column(server_default="queued")
     gate: Mapped[str | None]
     """``promote``, ``hold`` or ``fail`` once evaluated."""
@@ -100,7 +101,8 @@ class Job(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     run_id: Mapped[str | None] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
     name: Mapped[str]
-    """Stage name inside the run: ``dapt merge_dapt sft merge quantize evaluate deploy``."""
+    """Stage name inside the run: ``dapt merge_dapt sft merge quantize evaluate deploy``, with ``merge_sft dpo`` before ``merge`` where the
+    recipe has stage dpo."""
     kind: Mapped[str]
     queue: Mapped[str]
     position: Mapped[int] = mapped_column(Integer, server_default="0")

@@ -18,6 +18,7 @@ from parampara.schemas.stages import DeployResult, EvaluateResult, Kind, MergeRe
 RESULTS: dict[Kind, type[BaseModel]] = {
     "dapt": TrainResult,
     "sft": TrainResult,
+    "dpo": TrainResult,
     "merge": MergeResult,
     "quantize": QuantizeResult,
     "evaluate": EvaluateResult,

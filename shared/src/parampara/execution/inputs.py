@@ -28,13 +28,14 @@ from parampara.manifest import sha256_file
 from parampara.plan import STAGE_VERSIONS
 from parampara.schemas.ingest import IngestConfig
 from parampara.schemas.recipe import invalid
-from parampara.schemas.stages import DaptConfig, DeployConfig, EvaluateConfig, Kind, MergeConfig, QuantizeConfig, SftConfig
+from parampara.schemas.stages import DaptConfig, DeployConfig, DpoConfig, EvaluateConfig, Kind, MergeConfig, QuantizeConfig, SftConfig
 from parampara.settings import Settings
 from parampara.storage import LocalStorage
 
 CONFIGS: dict[Kind, type[BaseModel]] = {
     "dapt": DaptConfig,
     "sft": SftConfig,
+    "dpo": DpoConfig,
     "merge": MergeConfig,
     "quantize": QuantizeConfig,
     "evaluate": EvaluateConfig,
@@ -178,7 +179,7 @@ def _cache_key(gathered: Gathered, inputs: dict[str, list[_Input]], params: Any)
         return None
     extra = {
         key: gathered.spec[key]
-        for key in ("seed", "backend", "dapt_params", "sft_params", "deploy_params", "base_model", "gates")
+        for key in ("seed", "backend", "dapt_params", "sft_params", "dpo_params", "deploy_params", "base_model", "gates")
         if key in gathered.spec
     }
     content = {
@@ -226,9 +227,20 @@ def _evaluate(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Set
         **{name: inputs[name][0].path for name in models},
         **_data(inputs),
         **{name: gathered.spec[name] for name in copied},
+        **(_after_dpo(gathered, inputs) if "dpo_adapter" in inputs else {}),
         "base_model": gathered.spec.get("base_model", ""),
         "deploy_params": gathered.spec.get("deploy_params"),
         "champion": inputs["champion"][0].path if "champion" in inputs else None,
+    }
+
+
+def _after_dpo(gathered: Gathered, inputs: dict[str, list[_Input]]) -> dict[str, Any]:
+    """What an evaluation gets beside the rest where the line has stage dpo."""
+    return {
+        "sft_merged": inputs["sft_merged"][0].path,
+        "dpo_adapter": inputs["dpo_adapter"][0].path,
+        "preferences": _files(inputs, "preferences"),
+        "dpo_params": gathered.spec["dpo_params"],
     }
 
 
@@ -277,6 +289,7 @@ def _ingest(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Setti
 _ASSEMBLE = {
     "dapt": _train,
     "sft": _train,
+    "dpo": _train,
     "merge": _merge,
     "quantize": _quantize,
     "evaluate": _evaluate,
@@ -286,7 +299,11 @@ _ASSEMBLE = {
 
 
 def _data(inputs: dict[str, list[_Input]]) -> dict[str, dict[str, list[Path]]]:
-    return {name: {"train": _paths(inputs[f"{name}_train"]), "validation": _paths(inputs[f"{name}_validation"])} for name in ("text", "qa")}
+    return {name: _files(inputs, name) for name in ("text", "qa")}
+
+
+def _files(inputs: dict[str, list[_Input]], name: str) -> dict[str, list[Path]]:
+    return {"train": _paths(inputs[f"{name}_train"]), "validation": _paths(inputs[f"{name}_validation"])}
 
 
 def _paths(items: list[_Input]) -> list[Path]:

@@ -45,12 +45,13 @@ def create_run(
     The same ``idempotency_key`` with the same ``request_sha256`` returns the run that it made before.
 
     Raises:
-        InvalidRequest: unknown base model, bad datasets, or the idempotency key came with another request.
+        InvalidRequest: unknown base model, datasets that :func:`parampara.plan.check_datasets` refuses, or the idempotency key came with
+            another request.
         NotFound: a file id that does not exist; ``param`` is its place, e.g. ``datasets.qa``.
     """
     base_models.resolve(settings, recipe.base_model)
     judges.endpoint(settings, recipe.stages.evaluate)
-    checked = check_datasets(datasets)
+    checked = check_datasets(datasets, recipe)
     for key in DATASETS:
         files.get_files(session, checked[key], param=f"datasets.{key}", lock=True)
     values = {

@@ -87,12 +87,15 @@ class FileObject(Answer):
 
 
 class Datasets(Request):
-    """Ids of uploaded files. Without validation files a share of the training data is held out."""
+    """Ids of uploaded files. Without validation files a share of the training data is held out. Preferences are for recipes with stage
+    dpo, and for no other."""
 
     books: Annotated[list[FileId], Field(min_length=1, max_length=1000)]
     books_validation: Annotated[list[FileId], Field(max_length=1000)] = []
     qa: Annotated[list[FileId], Field(min_length=1, max_length=1000)]
     qa_validation: Annotated[list[FileId], Field(max_length=1000)] = []
+    preferences: Annotated[list[FileId], Field(max_length=1000)] = []
+    preferences_validation: Annotated[list[FileId], Field(max_length=1000)] = []
 
 
 class RunCreate(Request):

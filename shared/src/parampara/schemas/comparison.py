@@ -38,7 +38,7 @@ class Item(Strict):
     language: str = ""
     expected: str
     models: dict[str, ItemAnswer]
-    """Model name (``base``, ``dapt``, ``sft``, ``quantized``) to what it did."""
+    """Model name, one of :data:`parampara.schemas.metrics.MODELS`, to what it did."""
 
 
 class Interval(Strict):

@@ -25,6 +25,7 @@ TOP_K = 20
 MAX_BYTES = 8 * 1024 * 1024
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_TOKENS)]
+ServedModel = Literal["sft", "dpo", "quantized"]
 LogProb = Annotated[float, Field(le=0)]
 
 
@@ -64,7 +65,7 @@ class ExpectedProbe(Strict):
 
 class Expectations(Strict):
     format: Literal[1] = 1
-    model: Literal["sft", "quantized"]
+    model: ServedModel
     """Which model of the line it was measured on: the one that is deployed."""
     generation_config: dict[str, Any]
     """What the model directory says about generation, library versions left out; see :func:`generation_config`."""

@@ -1,7 +1,8 @@
 """The parity ledger of a model: how it came about, and how well each model of its line agrees with the one before it.
 
-Written as ``ledger.json`` into the evaluation artifact. One transition is one step of
-base + adapter -> merged_dapt -> merged -> quantized; its figures are what a gate names ``parity.<transition>.<figure>``.
+Written as ``ledger.json`` into the evaluation artifact. One transition is one step of base + adapter -> dapt -> sft -> quantized, or
+of ... -> sft -> dpo -> quantized; its figures are what a gate names ``parity.<transition>.<figure>``. The step into the final merged
+model is called ``merged`` in either line.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ class LedgerModel(Strict):
     """What a model of the line was, byte for byte."""
 
     name: str
-    """``base``, ``dapt_adapter``, ``dapt``, ``sft_adapter``, ``sft`` (the final merged model) or ``quantized``."""
+    """``base``, ``dapt_adapter``, ``dapt``, ``sft_adapter``, ``sft``, ``dpo_adapter``, ``dpo`` or ``quantized``; the final merged model is
+    ``dpo`` where the line has it, else ``sft``."""
     weights_sha256: Sha256
     """:func:`parampara.manifest.weights_fingerprint` of the model directory; of an adapter's, that of the model it is applied to."""
     adapter_sha256: Sha256 | None = None

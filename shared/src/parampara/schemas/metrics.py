@@ -12,6 +12,8 @@ METRICS = (
     "dapt.loss.before|after",
     "sft.validation_loss.before|after|trend|above_best",
     "sft.perplexity_change",
+    "dpo.validation_loss.before|after",
+    "dpo.reward_accuracy|reward_margin|exact_change|perplexity_change",
     "exact.<model>",
     "exact.kinds_mean",
     "exact.kind.<kind>",
@@ -36,13 +38,29 @@ METRICS = (
 ``params.harness``, as :func:`harness_task` writes it; ``judge`` without a model is about the one to be served; ``parity.live`` and
 ``serving`` are measured at deployment (:func:`is_live`)."""
 
-_PLACES = {"<model>": "base|dapt|sft|quantized", "<transition>": "dapt|merged|quantized"}
+MODELS = ("base", "dapt", "sft", "dpo", "quantized")
+"""The models that texts and questions are put to, oldest first. A line has ``dpo`` where its recipe has that stage, and ``sft`` is then
+not the last model before quantization: see :func:`last_merged`."""
+
+_PLACES = {"<model>": "|".join(MODELS), "<transition>": "dapt|sft|merged|quantized"}
 _ANY = "[a-z0-9_]+"
+# without that stage the merge after sft is the final one, and its transition is called "merged"
+_OF_DPO = re.compile(r"dpo\..+|parity\.sft\..+|(perplexity|validation_loss|exact|judge\.score|judge\.judged)\.dpo")
 
 
 def harness_task(name: str) -> str:
     """A name of lm-evaluation-harness as a metric may hold it: ``MMLU-pro`` is ``mmlu_pro``."""
     return re.sub(r"[^a-z0-9_]", "_", name.lower())
+
+
+def last_merged(models: Collection[str]) -> str:
+    """The final merged model of a line, which is the last one before quantization; ``models`` are the names of all of its models."""
+    return "dpo" if "dpo" in models else "sft"
+
+
+def is_of_dpo(metric: str) -> bool:
+    """Whether only a line with stage dpo has this metric."""
+    return _OF_DPO.fullmatch(metric) is not None
 
 
 def is_live(metric: str) -> bool:

@@ -9,10 +9,11 @@ from pydantic import Field, ValidationError
 
 from parampara.errors import InvalidRequest
 from parampara.plain_yaml import read_yaml
-from parampara.schemas.metrics import METRICS, harness_task, is_live, is_reported
+from parampara.schemas.metrics import METRICS, harness_task, is_live, is_of_dpo, is_reported
 from parampara.schemas.stages import (
     DaptParams,
     DeployParams,
+    DpoParams,
     EvaluateParams,
     Gate,
     MergeParams,
@@ -24,10 +25,11 @@ from parampara.schemas.stages import (
 
 
 class Stages(Strict):
-    """The line. ``deploy: null`` ends the run after evaluation."""
+    """The line. ``dpo: null`` trains on no preferences; ``deploy: null`` ends the run after evaluation."""
 
     dapt: DaptParams = DaptParams()
     sft: SftParams = SftParams()
+    dpo: DpoParams | None = None
     merge: MergeParams = MergeParams()
     quantize: QuantizeParams = QuantizeParams()
     evaluate: EvaluateParams = EvaluateParams()
@@ -65,32 +67,30 @@ def parse_recipe(data: Any, *, param: str = "recipe") -> Recipe:
 
 def _check_gates(recipe: Recipe, param: str) -> None:
     """A gate on a metric that nobody measures can never pass."""
-    formats = recipe.stages.evaluate.formats
     for position, gate in enumerate(recipe.gates):
-        if not is_reported(gate.metric, formats=formats):
-            known = ", ".join(METRICS)
-            raise InvalidRequest(
-                f"{param}.gates.{position}.metric: neither evaluation nor deployment reports {gate.metric!r}. "
-                f"Known: {known}; <name> is a key of "
-                f"{param}.stages.evaluate.formats ({', '.join(formats) or 'none'}).",
-                param=f"{param}.gates.{position}.metric",
-            )
-        if gate.metric.startswith("judge.") and recipe.stages.evaluate.judge is None:
-            raise InvalidRequest(
-                f"{param}.gates.{position}.metric: {gate.metric} is a judge's, and {param}.stages.evaluate names none under judge.",
-                param=f"{param}.gates.{position}.metric",
-            )
-        if gate.metric.startswith("harness.") and gate.metric.split(".")[1] not in _harness_tasks(recipe):
-            raise InvalidRequest(
-                f"{param}.gates.{position}.metric: {gate.metric} is of no task in {param}.stages.evaluate.harness "
-                f"({', '.join(_harness_tasks(recipe)) or 'none'}).",
-                param=f"{param}.gates.{position}.metric",
-            )
-        if recipe.stages.deploy is None and is_live(gate.metric):
-            raise InvalidRequest(
-                f"{param}.gates.{position}.metric: {gate.metric} is measured when a model is deployed, and {param}.stages.deploy is null.",
-                param=f"{param}.gates.{position}.metric",
-            )
+        if (fault := _unmeasured(gate, recipe, param=param)) is not None:
+            place = f"{param}.gates.{position}.metric"
+            raise InvalidRequest(f"{place}: {fault}", param=place)
+
+
+def _unmeasured(gate: Gate, recipe: Recipe, *, param: str) -> str | None:
+    """Why a run of this recipe cannot measure the gate's metric; None where it can."""
+    metric, stages, path = gate.metric, recipe.stages, f"{param}.stages"
+    formats = stages.evaluate.formats
+    if not is_reported(metric, formats=formats):
+        return (
+            f"neither evaluation nor deployment reports {metric!r}. Known: {', '.join(METRICS)}; <name> is a key of "
+            f"{path}.evaluate.formats ({', '.join(formats) or 'none'})."
+        )
+    if metric.startswith("judge.") and stages.evaluate.judge is None:
+        return f"{metric} is a judge's, and {path}.evaluate names none under judge."
+    if metric.startswith("harness.") and metric.split(".")[1] not in _harness_tasks(recipe):
+        return f"{metric} is of no task in {path}.evaluate.harness ({', '.join(_harness_tasks(recipe)) or 'none'})."
+    if is_of_dpo(metric) and stages.dpo is None:
+        return f"{metric} is measured where preferences are trained on, and {path}.dpo is null. Add `dpo: {{}}` there, or drop the gate."
+    if is_live(metric) and stages.deploy is None:
+        return f"{metric} is measured when a model is deployed, and {path}.deploy is null."
+    return None
 
 
 def _harness_tasks(recipe: Recipe) -> list[str]:

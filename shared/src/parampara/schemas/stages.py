@@ -326,12 +326,19 @@ class EvaluateConfig(Strict):
     dapt_adapter: Path | None = None
     dapt_merged: Path | None = None
     sft_adapter: Path | None = None
+    sft_merged: Path | None = None
+    """Of a line with DPO, together with ``dpo_adapter``; without it the model after SFT is ``merged``."""
+    dpo_adapter: Path | None = None
     merged: Path
+    """The final merged model."""
     quantized: Path | None = None
     text: TextData
     qa: QaData
+    preferences: PreferenceData | None = None
+    """What DPO trained on: held-out questions that are asked in it are told."""
     dapt_params: DaptParams = DaptParams()
     sft_params: SftParams = SftParams()
+    dpo_params: DpoParams = DpoParams()
     params: EvaluateParams = EvaluateParams()
     deploy_params: DeployParams | None = None
     """How the model is to be served, for the estimate of the memory that it will need; None: not to be served."""
@@ -359,7 +366,7 @@ class Sample(Strict):
     language: str = ""
     expected: str
     answers: dict[str, str]
-    """Model name (``base``, ``dapt``, ``sft``, ``quantized``) to its answer."""
+    """Model name, one of :data:`parampara.schemas.metrics.MODELS`, to its answer."""
 
 
 class EvaluateResult(Strict):

@@ -7,7 +7,7 @@ import time
 
 from parampara.execution.child import Stage, main
 from parampara.schemas.ingest import IngestConfig
-from parampara.schemas.stages import DaptConfig, DeployConfig, EvaluateConfig, MergeConfig, QuantizeConfig, SftConfig
+from parampara.schemas.stages import DaptConfig, DeployConfig, DpoConfig, EvaluateConfig, MergeConfig, QuantizeConfig, SftConfig
 from sleepy import stages
 
 if __name__ == "__main__":
@@ -21,6 +21,7 @@ if __name__ == "__main__":
         stages={
             "dapt": Stage(DaptConfig, lambda: stages.dapt),
             "sft": Stage(SftConfig, lambda: stages.sft),
+            "dpo": Stage(DpoConfig, lambda: stages.dpo),
             "merge": Stage(MergeConfig, lambda: stages.merge),
             "quantize": Stage(QuantizeConfig, lambda: stages.quantize),
             "evaluate": Stage(EvaluateConfig, lambda: stages.evaluate),

@@ -18,6 +18,7 @@ from parampara.schemas.stages import (
     DaptConfig,
     DeployConfig,
     DeployResult,
+    DpoConfig,
     EvaluateConfig,
     EvaluateResult,
     GateResult,
@@ -38,6 +39,10 @@ def dapt(config: DaptConfig, *, workdir: Path, progress: Progress) -> TrainResul
 
 
 def sft(config: SftConfig, *, workdir: Path, progress: Progress) -> TrainResult:
+    return _train({"steps": 2, "seconds": 0}, config, workdir, progress)
+
+
+def dpo(config: DpoConfig, *, workdir: Path, progress: Progress) -> TrainResult:
     return _train({"steps": 2, "seconds": 0}, config, workdir, progress)
 
 
@@ -124,7 +129,7 @@ def ingest(config: IngestConfig, *, workdir: Path, progress: Progress) -> Ingest
     )
 
 
-def _train(orders: dict[str, Any], config: DaptConfig | SftConfig, workdir: Path, progress: Progress) -> TrainResult:
+def _train(orders: dict[str, Any], config: DaptConfig | SftConfig | DpoConfig, workdir: Path, progress: Progress) -> TrainResult:
     checkpoint = workdir / "checkpoints" / "step"
     checkpoint.parent.mkdir(exist_ok=True)
     first = int(checkpoint.read_text()) + 1 if checkpoint.exists() else 1

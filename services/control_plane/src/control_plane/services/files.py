@@ -17,11 +17,11 @@ from parampara.db.models import File, Run, new_id
 from parampara.db.session import transaction
 from parampara.errors import InvalidData, InvalidRequest, NotFound, WrongState
 from parampara.files import get_file, path_of, safe_label
+from parampara.plan import DATASETS
 from parampara.schemas.api import Deleted, FileObject, FilePurpose, Order, Page, unix
 from parampara.settings import Settings
 from parampara.storage import fsync_directory
 
-DATASET_ROLES = ("books", "books_validation", "qa", "qa_validation")
 PURPOSES: tuple[FilePurpose, ...] = get_args(FilePurpose)
 _ORPHAN_SECONDS = 3600
 
@@ -86,7 +86,7 @@ def delete(session: Session, settings: Settings, file_id: str) -> Deleted:
     if file is None:
         raise NotFound(f"No file {file_id!r}: it was just deleted.", param="file_id", code="file_not_found")
     unfinished = select(Run.id).where(
-        Run.state.in_(("queued", "running")), or_(*(Run.datasets.contains({role: [file_id]}) for role in DATASET_ROLES))
+        Run.state.in_(("queued", "running")), or_(*(Run.datasets.contains({role: [file_id]}) for role in DATASETS))
     )
     if (run_id := session.scalar(unfinished.limit(1))) is not None:
         raise WrongState(f"File {file_id!r} is read by {run_id}, which has not finished. Cancel that run, or wait for it.", param="file_id")

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from control_plane.services import recipes, run_views
 from control_plane.services.paging import page
 from parampara import base_models, judges
-from parampara.datasets import validate_books, validate_qa
+from parampara.datasets import validate_books, validate_preferences, validate_qa
 from parampara.db.models import File, Run
 from parampara.db.session import transaction
 from parampara.errors import InvalidData, InvalidRequest, NotFound
@@ -24,6 +24,7 @@ from parampara.schemas.api import Order, Page, RunCreate, RunObject, RunSummary,
 from parampara.settings import Settings
 
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+_VALIDATORS = {"books": validate_books, "qa": validate_qa, "preferences": validate_preferences}
 
 
 def create(sessions: sessionmaker[Session], settings: Settings, request: RunCreate, *, idempotency_key: str | None) -> RunObject:
@@ -45,7 +46,7 @@ def create(sessions: sessionmaker[Session], settings: Settings, request: RunCrea
     recipe = recipes.from_request(request)
     base_models.resolve(settings, recipe.base_model)
     judges.endpoint(settings, recipe.stages.evaluate)
-    datasets = check_datasets(request.datasets.model_dump())
+    datasets = check_datasets(request.datasets.model_dump(), recipe)
     if (deploy := recipe.stages.deploy) is not None:
         with transaction(sessions) as session:
             refuse_displacing(session, deploy.alias, model=None, replace=deploy.replace)  # now, not after hours of training
@@ -83,10 +84,10 @@ def check_contents(settings: Settings, rows: dict[str, list[File]]) -> None:
                 )
         labels = [file.filename for file in files]
         try:
-            if role.startswith("books"):
-                validate_books(paths, labels)
+            if role == "preferences":
+                validate_preferences(paths, labels, split="preferences_validation" not in rows)
             else:
-                validate_qa(paths, labels)
+                _VALIDATORS[role.removesuffix("_validation")](paths, labels)
         except InvalidData as error:
             raise InvalidData(f"datasets.{role}: {error.message}", param=f"datasets.{role}", code=error.code) from None
 

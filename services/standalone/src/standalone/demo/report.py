@@ -12,15 +12,14 @@ from jinja2 import Environment, PackageLoader
 from rich.console import Console
 from rich.table import Table
 
+from parampara.schemas.metrics import MODELS, last_merged
 from parampara.storage import write_atomically
 from standalone.asking import Answer
 from standalone.client import Platform
 from standalone.demo.curves import curve
 from standalone.follow import duration, seconds_of
 
-TRAINED = ("dapt", "sft")
-MODELS = ("base", "dapt", "sft", "quantized")
-"""Columns of the held-out samples, oldest model first."""
+TRAINED = ("dapt", "sft", "dpo")
 
 
 def collect(
@@ -128,6 +127,8 @@ def _figure(kind: str, result: dict[str, Any], metrics: dict[str, float]) -> str
             return f"perplexity {result['perplexity_before']:.1f} → {result['perplexity_after']:.1f} ({result['backend']})"
         case "sft":
             return f"validation loss {result['validation_loss_before']:.3f} → {result['validation_loss_after']:.3f} ({result['backend']})"
+        case "dpo":
+            return _preferred(result)
         case "merge":
             return f"{result['merged_tensors']} of {result['tensors']} tensors merged, {result['dtype']}"
         case "quantize":
@@ -137,6 +138,16 @@ def _figure(kind: str, result: dict[str, Any], metrics: dict[str, float]) -> str
         case "deploy":
             return _deployed(result)
     return ""
+
+
+def _preferred(result: dict[str, Any]) -> str:
+    """How often and by how much the better answer gained more than the worse one, where the stage says so; a loss of pairs tells little."""
+    parts = [f"loss of pairs {result['validation_loss_before']:.3f} → {result['validation_loss_after']:.3f}"]
+    if (accuracy := result.get("reward_accuracy")) is not None:
+        parts.append(f"better answers preferred in {accuracy:.0%}")
+    if (margin := result.get("reward_margin")) is not None:
+        parts.append(f"margin {margin:.2f}")
+    return f"{', '.join(parts)} ({result['backend']})"
 
 
 def _deployed(result: dict[str, Any]) -> str:
@@ -152,10 +163,13 @@ def _deployed(result: dict[str, Any]) -> str:
 
 def _evaluated(metrics: dict[str, float]) -> str:
     """Exact answers overall and as the mean of all kinds, and what SFT did to the perplexity of the books that DAPT had taught."""
-    base, last = metrics.get("exact.base"), metrics.get("exact.quantized", metrics.get("exact.sft"))
+    merged = last_merged([name for name in MODELS if f"exact.{name}" in metrics])
+    base, last = metrics.get("exact.base"), metrics.get("exact.quantized", metrics.get(f"exact.{merged}"))
     parts = [f"exact answers {base:.0%} → {last:.0%}"] if base is not None and last is not None else []
     if (kinds := metrics.get("exact.kinds_mean")) is not None:
         parts.append(f"mean of kinds {kinds:.0%}")
+    if "dpo.exact_change" in metrics:
+        parts.append(f"{metrics['dpo.exact_change'] * 100:+.0f} points in DPO")
     if "sft.perplexity_change" in metrics:
         parts.append(f"perplexity of books in SFT {metrics['perplexity.dapt']:.0f} → {metrics['perplexity.sft']:.0f}")
     return ", ".join(parts)
