@@ -26,7 +26,7 @@ def model_card(config: EvaluateConfig, result: EvaluateResult, ledger: ParityLed
         library_name="vllm" if served == "quantized" else "transformers",
         pipeline_tag="text-generation",
         license=_license(config.base),
-        tags=["parampara", "lora", "merged", *(["8-bit"] if served == "quantized" else [])],
+        tags=["parampara", *(["lora", "merged"] if _adapted(config) else []), *(["8-bit"] if served == "quantized" else [])],
         model_name=f"{base.rpartition('/')[2]}-expert",
         eval_results=[
             EvalResult(
@@ -41,18 +41,28 @@ def model_card(config: EvaluateConfig, result: EvaluateResult, ledger: ParityLed
             if f"{metric}.{served}" in result.metrics
         ],
     )
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_body(base, served, result, ledger))
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_body(base, _method(config), served, result, ledger))
 
 
-def _body(base: str, served: str, result: EvaluateResult, ledger: ParityLedger) -> list[str]:
+def _adapted(config: EvaluateConfig) -> bool:
+    """Whether any stage trained an adapter; without one every weight was trained."""
+    return config.dapt_params.lora is not None or config.sft_params.lora is not None
+
+
+def _method(config: EvaluateConfig) -> str:
+    dapt, sft = ("of every weight" if stage.lora is None else "by LoRA" for stage in (config.dapt_params, config.sft_params))
+    how = f"and supervised fine-tuning, both {dapt}" if dapt == sft else f"{dapt} and supervised fine-tuning {sft}"
+    return f"Domain-adaptive pretraining {how}" + (", merged into the base" if _adapted(config) else "")
+
+
+def _body(base: str, method: str, served: str, result: EvaluateResult, ledger: ParityLedger) -> list[str]:
     model = next(model for model in ledger.models if model.name == served)
     shown = ("kl", "top1", "recovered", "perplexity_change", "chat_template")
     parity = [step.model_dump() for step in ledger.transitions]
     return [
         f"# A domain expert on {base}",
         "",
-        "Domain-adaptive pretraining and supervised fine-tuning, both by LoRA, merged into the base"
-        + (" and quantized to eight bits." if served == "quantized" else "."),
+        method + (" and quantized to eight bits." if served == "quantized" else "."),
         f"Weights `sha256:{model.weights_sha256}`.",
         "",
         f"## Gates: {result.decision}",
