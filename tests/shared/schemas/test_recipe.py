@@ -75,6 +75,7 @@ def test_a_gate_without_a_real_bound_is_refused() -> None:
         ({"evaluate": {"formats": {"Rule!": "x"}}}, [], "recipe.stages.evaluate.formats.Rule!.[key]"),
         ({"dapt": {"lora": {"target_modules": ["q_proj", ""]}}}, [], "recipe.stages.dapt.lora.target_modules.1"),
         ({"sft": {"lora": {"target_modules": [".*"]}}}, [], "recipe.stages.sft.lora.target_modules.0"),
+        ({"dapt": {"lora": None, "train": {"load_in_4bit": True}}}, [], "recipe.stages.dapt"),
         ({}, [{"metric": "exact.sft", "min": 0.5}, {"metric": "no.such_metric", "min": 0.5}], "recipe.gates.1.metric"),
         ({}, [{"metric": "exact", "min": 0.5}], "recipe.gates.0.metric"),
         ({}, [{"metric": "parity.sft.kl", "max": 0.5}], "recipe.gates.0.metric"),
@@ -97,6 +98,14 @@ def test_what_can_never_work_is_refused_before_anything_runs(stages: dict[str, A
     with pytest.raises(InvalidRequest) as caught:
         parse_recipe({"name": "r", "base_model": "b", "stages": stages, "gates": gates})
     assert caught.value.param == param
+
+
+def test_lora_null_is_full_fine_tuning_and_nothing_said_is_lora(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: r\nbase_model: b\nstages: {dapt: {lora: null}}\n", encoding="utf-8")
+    stages = load_recipe(path).stages
+    assert stages.dapt.lora is None
+    assert stages.sft.lora is not None
 
 
 def test_gates_may_name_every_metric_that_is_documented() -> None:
