@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from tests.trainer.test_memory import SmallMemory
 from tests.trainer.test_methods import loss_of
 from tests.trainer.test_training import Recorder, preempted, run, validations
 from trainer import engine, full
+from trainer.__main__ import _preloadable
 from trainer.precision import choose_hardware
 from trainer.speed import flops_per_token
 
@@ -253,6 +256,15 @@ def test_a_model_that_could_not_be_written_again_is_refused(base: Path, book: Pa
 def test_unsloth_by_name_is_refused(base: Path, qa: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"Set backend to auto or trl, or give lora\."):
         run(whole(sft_config(base, qa, backend="unsloth")), tmp_path / "work")
+
+
+def test_a_process_that_has_imported_unsloth_does_not_train_every_weight(base: Path, qa: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages are forked from processes that have imported one backend or the other."""
+    config = sft_config(base, qa, backend="auto")
+    monkeypatch.delitem(sys.modules, "unsloth", raising=False)
+    assert (_preloadable(whole(config)), _preloadable(config)) == (True, False)
+    monkeypatch.setitem(sys.modules, "unsloth", ModuleType("unsloth"))
+    assert (_preloadable(whole(config)), _preloadable(config)) == (False, True)
 
 
 def test_four_bits_can_not_be_trained_themselves(base: Path, qa: Path) -> None:

@@ -230,9 +230,9 @@ def _choose_step(trainer: Any, after: float, progress: Progress) -> _Outcome:
             load_trainable(trainer.model, found.path)
             if run.plan.steps != best and trainer.held_out_figures:
                 run.validate(trainer.model)  # for the figures beside the loss
-            progress.event(f"the adapter is that of step {best}: validation loss {lowest:.4f}, {after:.4f} after the last", step=best)
+            progress.event(f"the weights are those of step {best}: validation loss {lowest:.4f}, {after:.4f} after the last", step=best)
             return _Outcome(best, lowest, best, lowest)
-        progress.event(f"the checkpoint of the best step ({best}) is damaged or gone; the adapter is that of the last", level="warn")
+        progress.event(f"the checkpoint of the best step ({best}) is damaged or gone; the weights are those of the last", level="warn")
     return _Outcome(last, after, best, lowest)
 
 
