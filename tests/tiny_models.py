@@ -115,13 +115,30 @@ def make_adapter(model_directory: Path, directory: Path, *, seed: int = 1, scale
     return directory
 
 
+def make_full(base: Path, directory: Path, *, seed: int = 3, scale: float = 0.05) -> Path:
+    """Write what training every weight of ``base`` leaves, without training: its tensors in float32, with noise on them."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from parampara.manifest import weights_fingerprint
+    from parampara.weights import full
+
+    directory.mkdir()
+    noise = torch.Generator().manual_seed(seed)
+    tensors = {name: tensor for path in base.glob("*.safetensors") for name, tensor in load_file(str(path)).items()}
+    moved = {name: tensor.float() + scale * torch.randn(tensor.shape, generator=noise) for name, tensor in tensors.items()}
+    save_file(moved, str(directory / full.WEIGHTS), metadata={"format": "pt"})
+    full.describe(directory, base_sha256=weights_fingerprint(base))
+    return directory
+
+
 def record_training(adapter: Path, base: Path, before: list[Path] | None = None, first: Path | None = None) -> Path:
-    """What the trainer writes beside an adapter trained on ``base`` (= ``first`` with the adapters ``before`` merged in)."""
+    """What the trainer writes beside what was trained on ``base`` (= ``first`` with ``before`` merged in)."""
     from parampara.manifest import sha256_file, weights_fingerprint
 
     lineage = {
         "base_sha256": weights_fingerprint(first or base),
-        "adapters": [sha256_file(a / "adapter_model.safetensors") for a in before or []],
+        "adapters": [sha256_file(next(a.glob("*.safetensors"))) for a in before or []],
     }
     (adapter / "training.json").write_text(json.dumps({"base_sha256": weights_fingerprint(base), "lineage": lineage}), encoding="utf-8")
     return adapter

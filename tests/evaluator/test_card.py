@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from huggingface_hub import ModelCard
 
 from evaluator.card import model_card
@@ -27,6 +28,25 @@ def test_the_hub_reads_base_results_and_licence(tmp_path: Path) -> None:
     assert results == {"exact_match": 0.8, "perplexity": 11.0}
     assert "| exact.quantized |  | 0.7 |  | no (hold) |" in card.text
     assert f"sha256:{'b' * 64}" in card.text
+
+
+@pytest.mark.parametrize(
+    ("full", "told", "tags"),
+    [
+        ([], "Domain-adaptive pretraining and supervised fine-tuning, both by LoRA, merged into the base.", ["lora", "merged"]),
+        (
+            ["dapt"],
+            "Domain-adaptive pretraining of every weight and supervised fine-tuning by LoRA, merged into the base.",
+            ["lora", "merged"],
+        ),
+        (["dapt", "sft"], "Domain-adaptive pretraining and supervised fine-tuning, both of every weight.", []),
+    ],
+)
+def test_the_card_says_what_was_trained(tmp_path: Path, full: list[str], told: str, tags: list[str]) -> None:
+    params = {f"{stage}_params": {"lora": None} for stage in full}
+    card = ModelCard(model_card(config(tmp_path, **params), result(), ledger()))
+    assert told in card.text
+    assert card.data.to_dict()["tags"] == ["parampara", *tags]
 
 
 def test_a_licence_that_nobody_names_is_left_out(tmp_path: Path) -> None:

@@ -150,6 +150,10 @@ def test_a_curve_says_how_fast_and_at_what_cost(tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text(json.dumps(summary))
     (curve,) = read_curves(dapt=None, sft=tmp_path)
     assert curve.note == "trl, base in nf4, 9 steps, 8,100 tokens/s, 41% of the device's peak, cost 1.50, peak memory 22.1 GB"
+    (tmp_path / "training.json").write_text(json.dumps({**summary, "trained_in": "float32", "params": {"lora": None}}))
+    assert read_curves(dapt=None, sft=tmp_path)[0].note.startswith("trl, every weight trained, in float32, 9 steps")
+    (tmp_path / "training.json").write_text(json.dumps({**summary, "params": {"lora": {"r": 4}}}))
+    assert read_curves(dapt=None, sft=tmp_path)[0].note == curve.note
     write(findings(curve), directory=tmp_path)
     assert "41% of the device" in (tmp_path / "report.html").read_text()
 

@@ -39,7 +39,7 @@ from quantizer import quantize
 from quantizer.backends.compressed import write
 from quantizer.gate import measure, read_held_out
 from tests.quantizer.trained import make_trained
-from tests.tiny_models import make_adapter, make_model, record_training
+from tests.tiny_models import make_adapter, make_full, make_model, record_training
 
 SCHEMES: tuple[StreamedScheme, ...] = get_args(StreamedScheme)
 PROJECTIONS = 14
@@ -180,6 +180,25 @@ def test_the_stage_measures_it_against_the_merged_model_and_records_what_was_mer
     assert result.merge.max_abs_delta > 0
     assert json.loads((result.output / "quantize.json").read_text())["merge"] == result.merge.model_dump()
     assert {path.name for path in (tmp_path / "one").iterdir()} == {"output"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_whole_weights_below_an_adapter_are_quantized_and_measured_on_the_way(tmp_path: Path, tied: bool) -> None:
+    """Full fine-tuning, then LoRA; the base also holds a table that transformers does not read."""
+    base = make_model(tmp_path / "base", tied=tied)
+    spoilt = {**load_file(base / "model.safetensors"), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    save_file(spoilt, base / "model.safetensors", metadata={"format": "pt"})
+    whole = record_training(make_full(base, tmp_path / "full"), base)
+    between = merge_first(base, [whole], tmp_path / "between", "float32")
+    adapter = record_training(make_adapter(between, tmp_path / "lora"), between, before=[whole], first=base)
+    result = run(base, [whole, adapter], tmp_path / "one")
+    merged = merge_first(base, [whole, adapter], tmp_path, "float32")
+    write(merged, tmp_path / "two", scheme="w8a8", progress=SilentProgress())
+    assert_same(tensors_of(result.output), tensors_of(tmp_path / "two"))
+    assert result.merge is not None
+    assert result.merge.adapters == [sha256_file(whole / "model.safetensors"), sha256_file(adapter / "adapter_model.safetensors")]
+    with MergedModel(base, [whole, adapter]) as model:
+        assert torch.equal(measure(model).probes, measure(merged).probes)
 
 
 def test_held_out_data_is_measured_on_the_merged_model(tmp_path: Path) -> None:

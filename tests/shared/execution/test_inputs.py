@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from parampara import files
-from parampara.execution.inputs import FileRow, Gathered, Resolved, resolve
+from parampara.execution.inputs import FileRow, Gathered, Resolved, _Input, _merge, resolve
 from parampara.plan import plan_run
 from parampara.schemas.recipe import parse_recipe
 from parampara.schemas.stages import DaptConfig, DpoConfig, EvaluateConfig, MergeConfig
@@ -118,3 +118,26 @@ def test_the_evaluation_knows_the_line_with_dpo_and_what_it_was_trained_on(line:
     assert [path.name for path in found.config.preferences.train] == [f"{PAIRS_ID}.jsonl"]
     assert found.config.dpo_params.beta == 0.3
     assert found.cache_key != line.resolve("evaluate").cache_key, "which pairs are held out is part of what is measured"
+
+
+def test_full_fine_tuning_is_another_job(base: Path, tmp_path: Path) -> None:
+    _, plain = resolved(base, tmp_path, worker={})
+    config, whole = resolved(base, tmp_path, worker={}, stages={"dapt": {"lora": None}})
+    assert config.params.lora is None
+    assert whole != plain
+
+
+@pytest.mark.parametrize(
+    ("trained", "dtype"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "bfloat16", "trained_in": "bfloat16"}, "bfloat16"),
+        ({"dtype": "float16", "trained_in": "nf4"}, "float16"),
+        ({"dtype": "bfloat16", "trained_in": "float32"}, "float32"),
+    ],
+)
+def test_the_model_between_the_stages_rounds_nothing_that_was_trained(trained: dict[str, Any], dtype: str) -> None:
+    """An adapter's base has the format that was computed in; weights that were trained themselves are float32."""
+    gathered = Gathered("merge", {"params": {"dtype": "float16"}, "dtype_of": "dapt"}, results={"dapt": trained})
+    made = _merge(gathered, {"model": [_Input(Path("m"), "m")], "adapters": [_Input(Path("a"), "a")]}, Settings())
+    assert made["params"] == {"dtype": dtype}

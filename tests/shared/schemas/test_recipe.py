@@ -75,6 +75,7 @@ def test_a_gate_without_a_real_bound_is_refused() -> None:
         ({"evaluate": {"formats": {"Rule!": "x"}}}, [], "recipe.stages.evaluate.formats.Rule!.[key]"),
         ({"dapt": {"lora": {"target_modules": ["q_proj", ""]}}}, [], "recipe.stages.dapt.lora.target_modules.1"),
         ({"sft": {"lora": {"target_modules": [".*"]}}}, [], "recipe.stages.sft.lora.target_modules.0"),
+        ({"dapt": {"lora": None, "train": {"load_in_4bit": True}}}, [], "recipe.stages.dapt"),
         ({}, [{"metric": "exact.sft", "min": 0.5}, {"metric": "no.such_metric", "min": 0.5}], "recipe.gates.1.metric"),
         ({}, [{"metric": "exact", "min": 0.5}], "recipe.gates.0.metric"),
         ({}, [{"metric": "parity.sft.kl", "max": 0.5}], "recipe.gates.0.metric"),
@@ -126,6 +127,14 @@ def test_dpo_is_off_unless_it_is_named() -> None:
     assert parse_recipe({"name": "r", "base_model": "b"}).stages.dpo is None
     named = parse_recipe({"name": "r", "base_model": "b", "stages": {"dpo": {}}}).stages.dpo
     assert named is not None and (named.beta, named.loss_type, named.train.learning_rate) == (0.1, "sigmoid", 1e-5)
+
+
+def test_lora_null_is_full_fine_tuning_and_nothing_said_is_lora(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: r\nbase_model: b\nstages: {dapt: {lora: null}}\n", encoding="utf-8")
+    stages = load_recipe(path).stages
+    assert stages.dapt.lora is None
+    assert stages.sft.lora is not None
 
 
 def test_gates_may_name_every_metric_that_is_documented() -> None:

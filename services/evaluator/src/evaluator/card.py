@@ -16,13 +16,10 @@ _RESULTS = {
     "perplexity": ("perplexity", "Perplexity", "held-out books"),
 }
 """Metric of the served model to type, name and data set as the hub shows them."""
-_WITHOUT_DPO = "Domain-adaptive pretraining and supervised fine-tuning, both by LoRA, merged into the base"
-_WITH_DPO = "Domain-adaptive pretraining, supervised fine-tuning and direct preference optimization, each by LoRA, merged into the base"
 
 
 def model_card(config: EvaluateConfig, result: EvaluateResult, ledger: ParityLedger) -> str:
     """Text of the card: front matter with the results of the served model, then how it was made and what was measured."""
-    dpo = config.dpo_adapter is not None
     served = "quantized" if config.quantized is not None else last_merged([model.name for model in ledger.models])
     base = config.base_model or "base"
     data = ModelCardData(
@@ -30,7 +27,12 @@ def model_card(config: EvaluateConfig, result: EvaluateResult, ledger: ParityLed
         library_name="vllm" if served == "quantized" else "transformers",
         pipeline_tag="text-generation",
         license=_license(config.base),
-        tags=["parampara", "lora", *(["dpo"] if dpo else []), "merged", *(["8-bit"] if served == "quantized" else [])],
+        tags=[
+            "parampara",
+            *(["lora", "merged"] if _adapted(config) else []),
+            *(["dpo"] if config.dpo_adapter is not None else []),
+            *(["8-bit"] if served == "quantized" else []),
+        ],
         model_name=f"{base.rpartition('/')[2]}-expert",
         eval_results=[
             EvalResult(
@@ -45,17 +47,36 @@ def model_card(config: EvaluateConfig, result: EvaluateResult, ledger: ParityLed
             if f"{metric}.{served}" in result.metrics
         ],
     )
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_body(base, served, result, ledger, dpo=dpo))
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_body(base, _method(config), served, result, ledger))
 
 
-def _body(base: str, served: str, result: EvaluateResult, ledger: ParityLedger, *, dpo: bool) -> list[str]:
+def _adapted(config: EvaluateConfig) -> bool:
+    """Whether any stage trained an adapter; without one every weight was trained."""
+    return config.dapt_params.lora is not None or config.sft_params.lora is not None or config.dpo_adapter is not None
+
+
+def _method(config: EvaluateConfig) -> str:
+    stages = {"domain-adaptive pretraining": config.dapt_params.lora, "supervised fine-tuning": config.sft_params.lora}
+    if config.dpo_adapter is not None:
+        stages["direct preference optimization"] = config.dpo_params.lora
+    ways = {stage: "of every weight" if lora is None else "by LoRA" for stage, lora in stages.items()}
+    if len(set(ways.values())) == 1:
+        shared = f", {'both' if len(ways) == 2 else 'each'} {ways.popitem()[1]}"
+        names = list(stages)
+    else:
+        shared, names = "", [f"{stage} {way}" for stage, way in ways.items()]
+    text = f"{', '.join(names[:-1])} and {names[-1]}{shared}" + (", merged into the base" if _adapted(config) else "")
+    return text[0].upper() + text[1:]
+
+
+def _body(base: str, method: str, served: str, result: EvaluateResult, ledger: ParityLedger) -> list[str]:
     model = next(model for model in ledger.models if model.name == served)
     shown = ("kl", "top1", "recovered", "perplexity_change", "chat_template")
     parity = [step.model_dump() for step in ledger.transitions]
     return [
         f"# A domain expert on {base}",
         "",
-        (_WITH_DPO if dpo else _WITHOUT_DPO) + (" and quantized to eight bits." if served == "quantized" else "."),
+        method + (" and quantized to eight bits." if served == "quantized" else "."),
         f"Weights `sha256:{model.weights_sha256}`.",
         *_preferences(result.metrics),
         "",

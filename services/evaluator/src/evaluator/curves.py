@@ -98,9 +98,10 @@ def _read(title: str, directory: Path) -> Curve:
 
 def _note(summary: dict[str, Any]) -> str:
     """From ``training.json``: ``trl, base in nf4, 140 steps, 8,100 tokens/s, 41 % of the device's peak, 22.1 GB, cost 1.35``."""
+    full = summary.get("params", {}).get("lora", "") is None
     shown = (
         ("backend", "{}"),
-        ("trained_in", "base in {}"),
+        ("trained_in", "every weight trained, in {}" if full else "base in {}"),
         ("steps", "{:,} steps"),
         ("tokens_per_second", "{:,.0f} tokens/s"),
         ("mfu", "{:.0%} of the device's peak"),

@@ -17,6 +17,7 @@ from evaluator.models import load_tokenizer
 from parampara.errors import InvalidData
 from parampara.manifest import sha256_file, weights_fingerprint
 from parampara.schemas.ledger import LedgerModel, LedgerProbes, LedgerTransition, ParityLedger
+from parampara.weights import full
 
 _SHA256_NAME = "sha256:"
 
@@ -68,9 +69,13 @@ def _model(member: Member, fingerprints: dict[Path, str]) -> LedgerModel:
 def _trained_on(adapter: Path) -> str | None:
     """The trainer names the base in adapter_config.json by its fingerprint; an adapter from elsewhere names a hub id or a path.
 
+    Weights that were trained as a whole name it in full_weights.json.
+
     Raises:
-        InvalidData: adapter_config.json cannot be read.
+        InvalidData: that file cannot be read.
     """
+    if full.is_full(adapter):
+        return full.trained_on(adapter, str(adapter))
     try:
         named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from parampara.datasets import chat
 from parampara.datasets.chat import Conversation, token_ids
 from parampara.errors import InvalidData
+from parampara.weights.full import WEIGHTS, FullWeights, is_full
+from parampara.weights.model_files import ModelFiles
 from parampara.weights.tensor_files import TensorFile
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -67,12 +70,12 @@ def common_dtype(final: Path, *, gpu: bool) -> torch.dtype:
 
 @contextmanager
 def loaded(name: str, directory: Path, adapter: Path | None = None, *, dtype: torch.dtype = torch.float32) -> Iterator[Loaded]:
-    """Hold a model (with an adapter applied on top) in memory for the length of the block, and not longer.
+    """Hold a model in memory for the length of the block, and not longer; with what was trained on it applied: an adapter, or all weights.
 
     An unquantized model runs in ``dtype``, a quantized one as it is stored.
 
     Raises:
-        InvalidData: ``directory`` is not a model directory.
+        InvalidData: ``directory`` is not a model directory, or the whole weights are not those of such a model.
     """
     quantized = "quantization_config" in _config(directory)
     device: int | str = 0 if torch.cuda.is_available() else "cpu"
@@ -143,6 +146,9 @@ def segments(tokenizer: Any, conversation: Conversation) -> list[tuple[list[int]
 
 
 def _open(directory: Path, adapter: Path | None, *, dtype: torch.dtype | str, device: int | str) -> Any:
+    if adapter is not None and is_full(adapter):
+        with _model_of(directory, adapter) as whole:
+            return _open(whole, None, dtype=dtype, device=device)
     opened: Any = AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, device_map={"": device}, local_files_only=True, output_loading_info=True
     )
@@ -150,6 +156,23 @@ def _open(directory: Path, adapter: Path | None, *, dtype: torch.dtype | str, de
     if missing := sorted(told["missing_keys"]):  # the library would only warn, and draw random weights
         raise InvalidData(f"{directory}: {len(missing)} tensors are missing, the first of them {missing[0]}.", param="model")
     return (model if adapter is None else PeftModel.from_pretrained(model, str(adapter))).eval()
+
+
+@contextmanager
+def _model_of(base: Path, trained: Path) -> Iterator[Path]:
+    """A model directory for the length of the block: links to the base's files and, as its weights, to those that were trained."""
+    weights, files = FullWeights(trained, 0), ModelFiles(base)
+    try:
+        weights.check_against(files)
+    finally:
+        weights.close()
+        files.close()
+    with tempfile.TemporaryDirectory(prefix="full-weights-") as folder:
+        for path in base.iterdir():
+            if path.is_file() and ".safetensors" not in path.name:
+                (Path(folder) / path.name).symlink_to(path.resolve())
+        (Path(folder) / WEIGHTS).symlink_to((trained / WEIGHTS).resolve())
+        yield Path(folder)
 
 
 def _index(directory: Path) -> dict[str, str]:

@@ -153,7 +153,7 @@ def agreement(parent: torch.Tensor, child: torch.Tensor) -> Agreement:
 
 def _merge_into(loaded: Any, model: MergedModel) -> None:
     tensors = loaded.state_dict()
-    for name in model.changed:
+    for name in model.changed & tensors.keys():  # whole weights hold what the library leaves unread, too: old tables of positions
         info, start = model.tensors[name], 0
         target = tensors[name].view(info.rows, info.row_elements)
         for rows in model.rows(name):

@@ -54,7 +54,8 @@ def _import_unsloth() -> None:
 
 def _preloadable(config: DaptConfig | SftConfig | DpoConfig) -> bool:
     """Unsloth has rebound the other libraries where it is there, and can not do so any more where they are."""
-    return (config.backend != "trl") == ("unsloth" in sys.modules)
+    by_unsloth = config.backend != "trl" and config.params.lora is not None
+    return by_unsloth == ("unsloth" in sys.modules)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,9 @@ def attend(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
+    if torch.is_autocast_enabled(query.device.type):  # weights in float32: what rotary positions leave in it, the kernels want in half
+        half = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(half), key.to(half), value.to(half)
     if cu_seq_lens_q is not None and dropout == 0.0 and _has_varlen_kernel(query, key, value):
         return _varlen(query, key, value, borders=cu_seq_lens_q, longest=max(row_lengths), scaling=scaling), None
     rows = zip(query.split(row_lengths, 2), key.split(row_lengths, 2), value.split(row_lengths, 2), strict=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from parampara.errors import InvalidData
 from parampara.schemas.stages import DaptConfig, DpoConfig, SftConfig
+from trainer import full
 from trainer.backends import Choice, LoadRequest
 from trainer.loop import StageLoop
 from trainer.methods import adapter_parameters, restore_adapter
@@ -20,10 +21,10 @@ Config = DaptConfig | SftConfig | DpoConfig
 
 
 def load_model(config: Config, choice: Choice, hardware: Hardware) -> Any:
-    """The base with a fresh adapter.
+    """The base with a fresh adapter; without ``lora`` the base, to be trained itself.
 
     Raises:
-        InvalidData: the libraries can not load it, or it lacks the modules that LoRA is asked to adapt.
+        InvalidData: the libraries can not load it, it lacks the modules that LoRA is asked to adapt, or it could not be written again.
     """
     train = config.params.train
     request = LoadRequest(
@@ -36,11 +37,14 @@ def load_model(config: Config, choice: Choice, hardware: Hardware) -> Any:
         seed=config.seed,
     )
     try:
-        return choice.module.load(request)
+        model = choice.module.load(request)
     except InvalidData:
         raise
     except (OSError, ValueError, KeyError) as error:
-        raise InvalidData(f"{config.model}: can not be loaded for LoRA training ({str(error)[:300]}).", param="model") from error
+        raise InvalidData(f"{config.model}: can not be loaded for training ({str(error)[:300]}).", param="model") from error
+    if request.lora is None:
+        full.stored_as(model, config.model)
+    return model
 
 
 def build_trainer(

@@ -12,7 +12,9 @@ from trainer.backends import choose
 
 
 def run(config: DaptConfig, *, workdir: Path, progress: Progress) -> TrainResult:
-    """Train on ``config.data`` and leave a PEFT adapter in ``workdir/"output"``; goes on from checkpoints in ``workdir``.
+    """Train on ``config.data``; goes on from checkpoints in ``workdir``.
+
+    Leaves a PEFT adapter in ``workdir/"output"``, or without ``lora`` all weights (:mod:`parampara.weights.full`).
 
     The validation loss and perplexity are those of held-out chunks, before (base alone) and after.
 
@@ -23,7 +25,7 @@ def run(config: DaptConfig, *, workdir: Path, progress: Progress) -> TrainResult
     workdir = workdir.resolve()
     progress.phase("start backend")
     with stop.interruptible("while the backend started"):
-        choice = choose(config.backend, cache=workdir / "unsloth")
+        choice = choose(config.backend, cache=workdir / "unsloth", full=config.params.lora is None)
         from trainer.blocks import build_rows
         from trainer.engine import train_adapter  # after the backend: Unsloth must be imported before transformers
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,8 +20,9 @@ from parampara.errors import InvalidData
 from parampara.execution import stop
 from parampara.manifest import weights_fingerprint
 from parampara.progress import Progress
-from parampara.schemas.stages import DpoConfig, MicroBatchReduction, TrainParams, TrainResult
-from trainer import faults, memory, tracking
+from parampara.schemas.stages import DpoConfig, MicroBatchReduction, TrainResult
+from parampara.schemas.training import AdapterParams
+from trainer import faults, full, memory, tracking
 from trainer.backends import Choice
 from trainer.building import Config, build_trainer, load_model, optimizer_taken, run_name
 from trainer.checkpoints import CheckpointStore
@@ -41,7 +42,7 @@ _VERSIONED = ("torch", "transformers", "trl", "peft", "accelerate", "safetensors
 def train_adapter(
     config: Config, *, choice: Choice, build: Callable[[Any, Any], StageData], workdir: Path, progress: Progress
 ) -> TrainResult:
-    """Train one LoRA adapter on ``config.model`` and leave it in ``workdir/"output"``.
+    """Train one LoRA adapter on ``config.model``, or without ``lora`` the model itself, and leave it in ``workdir/"output"``.
 
     Raises:
         InvalidData, InvalidRequest: configuration, model directory or data can not work.
@@ -55,14 +56,17 @@ def train_adapter(
             progress.event(
                 "the adapter is trained on a 4-bit copy of the base and merged into the base itself: the two differ", level="warn"
             )
+        _require_model_directory(config.model)
+        if params.lora is None:
+            full.check(config.model, params.train, hardware, progress)
         directory = config.tracking_directory or workdir / "tracking"
         tracking.prepare(config.tracking, directory=directory, run=run_name(config, workdir))
         progress.phase("prepare data")
-        base_sha256 = weights_fingerprint(_model_directory(config.model))
+        base_sha256 = weights_fingerprint(config.model)
         lineage = read_lineage(config.model, base_sha256)
         tokenizer = load_tokenizer(config.model)
         data = build(config, tokenizer)
-    with _out_of_memory_named(params.train):
+    with _out_of_memory_named(params):
         progress.phase("load model")
         with stop.interruptible("while the model was loaded"):
             model = load_model(config, choice, hardware)
@@ -117,10 +121,9 @@ def load_tokenizer(model: Path) -> Any:
         raise InvalidData(f"{model}: its tokenizer can not be read ({str(error).splitlines()[0][:200]}).", param="model") from None
 
 
-def _model_directory(path: Path) -> Path:
+def _require_model_directory(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise InvalidData(f"{path} is not a model directory: it has no config.json.", param="model")
-    return path
 
 
 def _resume_facts(
@@ -182,6 +185,7 @@ def _attach(
         stopped=stop.requested,
         validate=lambda model: trainer.held_out_loss(model, data.validation, layout=layout, hardware=hardware, stopped=stop.requested),
         train=train,
+        full=config.params.lora is None,
         speed=Speedometer.of(trainer.model, hardware=hardware, machine=config.machine),
         ledger=ledger,
     )
@@ -193,9 +197,9 @@ def _attach(
 
 
 def _measure_before(trainer: Any, progress: Progress) -> None:
-    """Validation loss of the base alone, and random generators as if it had not been measured."""
+    """Validation loss of the base alone (the model before its first step), and random generators as if it had not been measured."""
     progress.phase("validate base")
-    with torch.random.fork_rng(), trainer.model.disable_adapter():
+    with torch.random.fork_rng(), nullcontext() if trainer.run.full else trainer.model.disable_adapter():
         before = trainer.run.validate(trainer.model)
     trainer.model.train()
     trainer.run.ledger.validation_before = before
@@ -226,9 +230,9 @@ def _choose_step(trainer: Any, after: float, progress: Progress) -> _Outcome:
             load_trainable(trainer.model, found.path)
             if run.plan.steps != best and trainer.held_out_figures:
                 run.validate(trainer.model)  # for the figures beside the loss
-            progress.event(f"the adapter is that of step {best}: validation loss {lowest:.4f}, {after:.4f} after the last", step=best)
+            progress.event(f"the weights are those of step {best}: validation loss {lowest:.4f}, {after:.4f} after the last", step=best)
             return _Outcome(best, lowest, best, lowest)
-        progress.event(f"the checkpoint of the best step ({best}) is damaged or gone; the adapter is that of the last", level="warn")
+        progress.event(f"the checkpoint of the best step ({best}) is damaged or gone; the weights are those of the last", level="warn")
     return _Outcome(last, after, best, lowest)
 
 
@@ -255,7 +259,7 @@ def _result(
         backend_reason=choice.reason,
         base_sha256=base_sha256,
         dtype=hardware.dtype,
-        trained_in=trained_in(config.params.train, hardware),
+        trained_in=trained_in(config.params, hardware),
         optimizer=optimizer_taken(trainer),
         steps=plan.steps,
         epochs=plan.epoch_at(plan.steps),
@@ -285,11 +289,11 @@ def _result(
 
 
 @contextmanager
-def _out_of_memory_named(train: TrainParams) -> Iterator[None]:
+def _out_of_memory_named(params: AdapterParams) -> Iterator[None]:
     """For what no smaller micro-batch helps: loading, the optimizer's state, validation. :class:`StageLoop` handles the steps."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not faults.is_out_of_memory(error):
             raise
-        raise memory.out_of_memory(train, error) from error
+        raise memory.out_of_memory(params.train, error, full=params.lora is None) from error

@@ -85,6 +85,8 @@ class RunContext:
     """Model to mean validation loss."""
     train: TrainParams
     speed: Speedometer
+    full: bool = False
+    """Every weight is trained: there is no adapter."""
     ledger: Ledger = field(default_factory=Ledger)
 
 
@@ -208,7 +210,7 @@ class StageLoop:
         step, run = self.state.global_step + 1, self.run
         alone = self.args.world_size == 1
         if not alone or documents_in(self._batch) == 1:
-            raise memory.out_of_memory(run.train, error, step=step if alone else None) from error
+            raise memory.out_of_memory(run.train, error, step=step if alone else None, full=run.full) from error
         run.ledger.parts *= 2
         while memory.smaller(run.layout, run.ledger.parts).max_tokens >= self._batch["input_ids"].numel():
             run.ledger.parts *= 2

@@ -19,8 +19,11 @@ def smaller(layout: Layout, parts: int) -> Layout:
     return layout if parts == 1 else replace(layout, max_tokens=max(1, layout.max_tokens // parts))
 
 
-def out_of_memory(train: TrainParams, error: BaseException, *, step: int | None = None) -> OutOfMemory:
-    """The error that a user sees: what was tried, and what makes it smaller. ``step``: not even one document of that step fits."""
+def out_of_memory(train: TrainParams, error: BaseException, *, step: int | None = None, full: bool = False) -> OutOfMemory:
+    """The error that a user sees: what was tried, and what makes it smaller. ``step``: not even one document of that step fits.
+
+    ``full``: every weight is trained.
+    """
     reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     if step is None:
         limit = train.max_tokens_per_batch or f"unset (batch size {train.per_device_train_batch_size} x max_seq_length)"
@@ -31,7 +34,11 @@ def out_of_memory(train: TrainParams, error: BaseException, *, step: int | None 
             f"Out of memory at step {step} with a micro-batch of one document, at most max_seq_length {train.max_seq_length} tokens long."
         )
         advice = ""
-    ways = ["shorten max_seq_length", *([] if train.load_in_4bit else ["set load_in_4bit (QLoRA)"])]
+    ways = ["shorten max_seq_length"]
+    if full:
+        ways.append("give lora (an adapter; every weight takes 16 bytes, 10 with optim adamw_8bit, beside the activations)")
+    elif not train.load_in_4bit:
+        ways.append("set load_in_4bit (QLoRA)")
     if not train.gradient_checkpointing:
         ways.insert(0, "turn gradient_checkpointing on")
     advice += ("or " if advice else "") + " or ".join(ways)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from parampara.errors import InvalidData
-from parampara.schemas.stages import LoraParams, TrainParams
+from parampara.schemas.training import AdapterParams, LoraParams
 from trainer.precision import Hardware
 
 _SHOWN = 12
@@ -26,9 +26,11 @@ def four_bit_base(compute: torch.dtype) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
 
 
-def trained_in(train: TrainParams, hardware: Hardware) -> str:
-    """Number format of the frozen base while the adapter is trained: ``nf4`` or the compute format."""
-    return "nf4" if train.load_in_4bit else hardware.dtype
+def trained_in(params: AdapterParams, hardware: Hardware) -> str:
+    """Number format of the base's weights while training: ``nf4`` or the compute format, and ``float32`` where they change themselves."""
+    if params.lora is None:
+        return "float32"
+    return "nf4" if params.train.load_in_4bit else hardware.dtype
 
 
 def check_modules(model: Any, lora: LoraParams) -> None:

@@ -1,4 +1,4 @@
-"""What a training stage leaves behind: a PEFT adapter that says which weights it belongs to."""
+"""What a training stage leaves behind: a PEFT adapter, or all weights of the model, that says which weights it belongs to."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from parampara.errors import InvalidData
-from parampara.schemas.stages import DaptConfig, DpoConfig, SftConfig, TrainResult
+from parampara.schemas.stages import DaptConfig, DpoConfig, LoraParams, SftConfig, TrainResult
 from parampara.storage import fsync_directory, fsync_tree
+from trainer import full
 from trainer.divergence import require_finite
+from trainer.loop import trainable_tensors
 from trainer.methods import adapter_arguments
 from trainer.rows import StageData
 from trainer.tensor_files import save_tensors
@@ -42,7 +44,7 @@ class Lineage(BaseModel):
     base_sha256: str
     """:func:`parampara.manifest.weights_fingerprint` of the first model of the line."""
     adapters: list[str] = []
-    """sha256 of each merged adapter's ``adapter_model.safetensors``."""
+    """sha256 of each merged adapter's ``adapter_model.safetensors``, or of the ``model.safetensors`` of full weights."""
 
 
 def read_lineage(model: Path, base_sha256: str) -> Lineage:
@@ -71,7 +73,7 @@ def write_output(
     """Write ``result.output`` aside, fsync and rename: it is there whole or not at all.
 
     Raises:
-        Diverged: the adapter holds values that are not finite.
+        Diverged: what was trained holds values that are not finite.
     """
     final = result.output
     for leftover in final.parent.glob(f"{_STAGE}*"):  # of an attempt that was killed
@@ -79,7 +81,11 @@ def write_output(
     stage = final.parent / f"{_STAGE}{uuid.uuid4().hex}"
     stage.mkdir(parents=True)
     try:
-        _write_adapter(stage, model=model, config=config, base_sha256=result.base_sha256)
+        if config.params.lora is None:
+            stored = full.stored_as(model, config.model)
+            full.write(stage, stored=stored, trained=trainable_tensors(model), base=config.model, base_sha256=result.base_sha256)
+        else:
+            _write_adapter(stage, model=model, lora=config.params.lora, base_sha256=result.base_sha256)
         for name in TOKENIZER_FILES:
             if (config.model / name).is_file():  # byte for byte: what is served must be what was trained with
                 shutil.copyfile(config.model / name, stage / name)
@@ -101,7 +107,7 @@ def write_output(
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _write_adapter(directory: Path, *, model: Any, config: DaptConfig | SftConfig | DpoConfig, base_sha256: str) -> None:
+def _write_adapter(directory: Path, *, model: Any, lora: LoraParams, base_sha256: str) -> None:
     """``adapter_model.safetensors`` and ``adapter_config.json`` in PEFT's format, equal for both backends."""
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -110,7 +116,7 @@ def _write_adapter(directory: Path, *, model: Any, config: DaptConfig | SftConfi
     tensors = {name: state[name].detach().to("cpu").contiguous().clone() for name in sorted(state)}
     require_finite(tensors)
     save_tensors(tensors, directory / "adapter_model.safetensors")
-    described = LoraConfig(**adapter_arguments(config.params.lora), task_type="CAUSAL_LM", inference_mode=True).to_dict()
+    described = LoraConfig(**adapter_arguments(lora), task_type="CAUSAL_LM", inference_mode=True).to_dict()
     # not a path of this machine: the weights themselves are the name of the base
     described["base_model_name_or_path"] = f"sha256:{base_sha256}"
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in described.items()}

@@ -11,7 +11,9 @@ from trainer.backends import choose
 
 
 def run(config: SftConfig, *, workdir: Path, progress: Progress) -> TrainResult:
-    """Train on ``config.data`` and leave a PEFT adapter in ``workdir/"output"``; goes on from checkpoints in ``workdir``.
+    """Train on ``config.data``; goes on from checkpoints in ``workdir``.
+
+    Leaves a PEFT adapter in ``workdir/"output"``, or without ``lora`` all weights (:mod:`parampara.weights.full`).
 
     ``config.model`` is the base with the DAPT adapter merged in; its ``merge.json`` becomes the adapter's lineage.
 
@@ -22,7 +24,7 @@ def run(config: SftConfig, *, workdir: Path, progress: Progress) -> TrainResult:
     workdir = workdir.resolve()
     progress.phase("start backend")
     with stop.interruptible("while the backend started"):
-        choice = choose(config.backend, cache=workdir / "unsloth")
+        choice = choose(config.backend, cache=workdir / "unsloth", full=config.params.lora is None)
         from trainer.chat import build_rows
         from trainer.engine import train_adapter  # after the backend: Unsloth must be imported before transformers
 

@@ -208,7 +208,9 @@ def _train(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Settin
 def _merge(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Settings) -> dict[str, Any]:
     params = dict(gathered.spec["params"])
     if source := gathered.spec.get("dtype_of"):
-        params["dtype"] = gathered.results[source]["dtype"]
+        trained = gathered.results[source]
+        # weights that were trained themselves are float32, whatever was computed in
+        params["dtype"] = "float32" if trained.get("trained_in") == "float32" else trained["dtype"]
     return {"model": inputs["model"][0].path, "adapters": _paths(inputs["adapters"]), "params": params}
 
 

@@ -283,7 +283,7 @@ class OnePassMerge(Strict):
 
     base_sha256: str
     adapters: list[str]
-    """sha256 of each adapter_model.safetensors, in order."""
+    """sha256 of each adapter_model.safetensors (or of the model.safetensors of full weights), in order."""
     merged_tensors: int
     max_abs_delta: float
     """Largest change of any weight against the base."""

@@ -228,7 +228,11 @@ class MicroBatchReduction(Strict):
 
 
 class TrainResult(Strict):
-    """``output`` holds a PEFT adapter: adapter_model.safetensors, adapter_config.json, tokenizer files, training.json."""
+    """``output`` holds a PEFT adapter: adapter_model.safetensors, adapter_config.json, tokenizer files, training.json.
+
+    Without ``lora`` it holds every weight: model.safetensors and full_weights.json (:mod:`parampara.weights.full`) in the place of the
+    adapter's two files. What is said here of an adapter is said of them.
+    """
 
     output: Path
     backend: Literal["unsloth", "trl"]
@@ -237,7 +241,7 @@ class TrainResult(Strict):
     """Fingerprint of the weights the adapter was trained on (:func:`parampara.storage.weights_fingerprint`)."""
     dtype: Dtype
     trained_in: str = ""
-    """Number format of the frozen base: ``nf4`` under ``load_in_4bit``, else ``dtype``."""
+    """Number format of the base's weights: ``nf4`` under ``load_in_4bit``, ``float32`` where they themselves train, else ``dtype``."""
     optimizer: str = ""
     steps: int
     epochs: float

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -39,6 +40,28 @@ class Provenance:
     line_adapters: list[str]
 
 
+class Trained(Protocol):
+    """What a training stage left, opened: :class:`Adapter`, or :class:`parampara.weights.full.FullWeights`."""
+
+    name: str
+    """What errors call it."""
+    provenance: Provenance
+
+    @property
+    def sha256(self) -> str:
+        """Of its weights' file: what later stages know it by."""
+        ...
+
+    @property
+    def targets(self) -> set[str]: ...
+
+    def check_against(self, base: ModelFiles) -> None: ...
+
+    def changes(self, target: str, base: ModelFiles) -> list[Change]: ...
+
+    def close(self) -> None: ...
+
+
 class Adapter:
     """One LoRA adapter, opened; its tensors are read as they are needed.
 
@@ -49,9 +72,9 @@ class Adapter:
     def __init__(self, directory: Path, position: int) -> None:
         self.directory = directory
         self.name = f"adapters[{position}]"
-        config = _read_json(directory / "adapter_config.json", self.name)
+        config = read_json(directory / "adapter_config.json", self.name)
         self.settings = read_settings(config, self.name)
-        self.provenance = _provenance(directory, self.name)
+        self.provenance = read_provenance(directory, self.name)
         weights = directory / "adapter_model.safetensors"
         if not weights.is_file():
             raise InvalidData(f"{self.name}: adapter_model.safetensors is missing in {directory}.", param=self.name)
@@ -92,10 +115,7 @@ class Adapter:
             self._check_whole(target, key, base)
         for module in self._parts:
             self._check_module(module, base)
-        for file in ("tokenizer.json", "chat_template.jinja"):
-            theirs, ours = self.directory / file, base.directory / file
-            if theirs.is_file() and ours.is_file() and theirs.read_bytes() != ours.read_bytes():
-                raise InvalidData(f"{self.name}: its {file} is not the base's; it was trained with another one.", param=self.name)
+        check_companions(self.directory, base, self.name)
 
     def changes(self, target: str, base: ModelFiles) -> list[Change]:
         """What the adapter does to the base's tensor ``target``, in order; empty where it leaves the tensor alone."""
@@ -194,7 +214,19 @@ class Adapter:
             raise InvalidData(f"{self.name}: {module} has factors {present}; {fitting} would fit the base.", param=self.name)
 
 
-def check_lineage(adapters: list[Adapter], base_sha256: str) -> None:
+def check_companions(directory: Path, base: ModelFiles, name: str) -> None:
+    """What was trained must have the base's tokenizer and chat template, where both have one.
+
+    Raises:
+        InvalidData: names the file that differs.
+    """
+    for file in ("tokenizer.json", "chat_template.jinja"):
+        theirs, ours = directory / file, base.directory / file
+        if theirs.is_file() and ours.is_file() and theirs.read_bytes() != ours.read_bytes():
+            raise InvalidData(f"{name}: its {file} is not the base's; it was trained with another one.", param=name)
+
+
+def check_lineage(adapters: Sequence[Trained], base_sha256: str) -> None:
     """Each adapter must have been trained on exactly the weights that the base and the adapters before it make.
 
     The first was trained on the base itself. A later one was trained on a merged model, whose ``merge.json`` named the base
@@ -236,8 +268,13 @@ def _is_conv1d(module: str, base: ModelFiles) -> bool:
     return base.config.get("model_type") in _CONV1D and not _is_tied(module)
 
 
-def _provenance(directory: Path, name: str) -> Provenance:
-    record = _read_json(directory / "training.json", name)
+def read_provenance(directory: Path, name: str) -> Provenance:
+    """From ``training.json``.
+
+    Raises:
+        InvalidData: it can not be read or does not say.
+    """
+    record = read_json(directory / "training.json", name)
     try:
         lineage = record["lineage"]
         return Provenance(str(record["base_sha256"]), str(lineage["base_sha256"]), [str(sha) for sha in lineage["adapters"]])
@@ -245,7 +282,12 @@ def _provenance(directory: Path, name: str) -> Provenance:
         raise InvalidData(f"{name}: training.json does not say what it was trained on ({error} is missing).", param=name) from None
 
 
-def _read_json(path: Path, name: str) -> dict[str, Any]:
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """A file of the directory that errors call ``name``.
+
+    Raises:
+        InvalidData: it can not be read or is no JSON object.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -15,8 +15,9 @@ import torch
 
 from parampara.errors import Diverged
 from parampara.manifest import weights_fingerprint
-from parampara.weights.adapters import Adapter, check_lineage
-from parampara.weights.changes import Change, DoraColumns, LowRank
+from parampara.weights.adapters import Adapter, Trained, check_lineage
+from parampara.weights.changes import Change, DoraColumns, LowRank, Replace
+from parampara.weights.full import FullWeights, is_full
 from parampara.weights.model_files import ModelFiles
 from parampara.weights.tensor_files import TensorInfo
 
@@ -34,13 +35,13 @@ class MergedModel:
     """
 
     def __init__(self, model: Path, adapters: Sequence[Path] = ()) -> None:
-        self.adapters: list[Adapter] = []
+        self.adapters: list[Trained] = []
         self.max_abs_delta = 0.0
         """Largest change of any weight against the base, over the rows read so far."""
         self.base = ModelFiles(model)
         try:
             for position, path in enumerate(adapters):
-                self.adapters.append(Adapter(path, position))
+                self.adapters.append(FullWeights(path, position) if is_full(path) else Adapter(path, position))
                 self.adapters[-1].check_against(self.base)
             if self.adapters:
                 check_lineage(self.adapters, self.base_sha256)
@@ -99,11 +100,16 @@ class MergedModel:
         self.close()
 
     def _changes(self, name: str) -> list[Change]:
-        """All adapters' changes in order; low-rank ones that follow each other are one product: [s1 B1, s2 B2] [A1; A2]."""
+        """All adapters' changes in order; low-rank ones that follow each other are one product: [s1 B1, s2 B2] [A1; A2].
+
+        What comes before a whole tensor is not computed.
+        """
         made: list[Change] = []
         for adapter in self.adapters:
             for change in adapter.changes(name, self.base):
-                if made and isinstance(change, LowRank) and isinstance(made[-1], LowRank):
+                if isinstance(change, Replace):
+                    made = [change]
+                elif made and isinstance(change, LowRank) and isinstance(made[-1], LowRank):
                     made[-1] = made[-1].then(change)
                 else:
                     made.append(change)

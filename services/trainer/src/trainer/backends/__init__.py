@@ -22,7 +22,8 @@ Name = Literal["unsloth", "trl"]
 @dataclass(frozen=True)
 class LoadRequest:
     model: Path
-    lora: LoraParams
+    lora: LoraParams | None
+    """None: every weight is trained."""
     dtype: Any
     """A ``torch.dtype``."""
     max_seq_length: int
@@ -35,7 +36,7 @@ class Backend(Protocol):
     """What a backend module offers."""
 
     def load(self, request: LoadRequest) -> Any:
-        """The base model with a fresh LoRA adapter (a ``PeftModel``), weights frozen but the adapter's."""
+        """The base model with a fresh LoRA adapter (a ``PeftModel``), weights frozen but the adapter's; without ``lora`` all trained."""
         ...
 
     def trainer_base(self) -> type:
@@ -56,17 +57,25 @@ class Choice:
     module: Any
 
 
-def choose(wanted: Literal["auto", "unsloth", "trl"], *, cache: Path) -> Choice:
+def choose(wanted: Literal["auto", "unsloth", "trl"], *, cache: Path, full: bool = False) -> Choice:
     """Take the wanted backend; ``auto`` takes Unsloth where it can be imported and plain TRL where not.
 
-    ``cache`` is where Unsloth may write the code that it generates.
+    ``cache`` is where Unsloth may write the code that it generates. ``full``: every weight is trained, which Unsloth does by other code
+    on a GPU (weights in bfloat16, models compiled anew) than on a CPU, so that no test here would speak for it: plain TRL does it.
 
     Raises:
-        InvalidRequest: Unsloth was asked for by name and can not run here.
+        InvalidRequest: Unsloth was asked for by name and can not run here, or not train every weight.
     """
+    if full and wanted == "unsloth":
+        raise InvalidRequest(
+            "backend is unsloth and lora is null: every weight is trained by plain TRL alone. Set backend to auto or trl, or give lora.",
+            param="backend",
+        )
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if wanted == "trl":
         return Choice("trl", "asked for by the setting backend", _module("trl"))
+    if full:
+        return Choice("trl", "backend is auto and lora is null: every weight is trained by plain TRL alone", _module("trl"))
     fault = _start_unsloth(cache)
     if fault is None:
         why = "asked for by the setting backend" if wanted == "unsloth" else "backend is auto and Unsloth runs on this machine"

@@ -12,6 +12,7 @@ def load(request: LoadRequest) -> Any:
     """Load the base through Unsloth and put a fresh LoRA adapter on it; the adapter's start depends on the seed alone."""
     from unsloth import FastLanguageModel
 
+    assert request.lora is not None  # trainer.backends.choose
     model, _ = FastLanguageModel.from_pretrained(
         str(request.model),
         max_seq_length=request.max_seq_length,
