@@ -48,7 +48,10 @@ def _import_unsloth() -> None:
 
 def _preloadable(config: DaptConfig | SftConfig) -> bool:
     """Unsloth has rebound the other libraries where it is there, and can not do so any more where they are."""
-    return (config.backend != "trl") == ("unsloth" in sys.modules)
+    from trainer.ranks import processes
+
+    alone = processes(config)[0] == 1
+    return (config.backend != "trl" and alone) == ("unsloth" in sys.modules)
 
 
 if __name__ == "__main__":

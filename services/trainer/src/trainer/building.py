@@ -8,18 +8,20 @@ from typing import Any
 
 from parampara.errors import InvalidData
 from parampara.schemas.stages import DaptConfig, SftConfig
+from trainer import sharding
 from trainer.backends import Choice, LoadRequest
 from trainer.loop import StageLoop
 from trainer.methods import adapter_parameters, restore_adapter
 from trainer.plan import Plan
 from trainer.precision import Hardware
+from trainer.ranks import ALONE, Group
 from trainer.rows import StageData
 
 Config = DaptConfig | SftConfig
 
 
-def load_model(config: Config, choice: Choice, hardware: Hardware) -> Any:
-    """The base with a fresh adapter.
+def load_model(config: Config, choice: Choice, hardware: Hardware, group: Group = ALONE) -> Any:
+    """The base with a fresh adapter; spread over the ranks of ``group`` where there are several.
 
     Raises:
         InvalidData: the libraries can not load it, or it lacks the modules that LoRA is asked to adapt.
@@ -33,13 +35,17 @@ def load_model(config: Config, choice: Choice, hardware: Hardware) -> Any:
         gradient_checkpointing=train.gradient_checkpointing,
         load_in_4bit=train.load_in_4bit,
         seed=config.seed,
+        sharded=group.size > 1,
     )
     try:
-        return choice.module.load(request)
+        model = choice.module.load(request)
     except InvalidData:
         raise
     except (OSError, ValueError, KeyError) as error:
         raise InvalidData(f"{config.model}: can not be loaded for LoRA training ({str(error)[:300]}).", param="model") from error
+    if group.size > 1:
+        sharding.shard(model, group=group, device=hardware.device)
+    return model
 
 
 def build_trainer(

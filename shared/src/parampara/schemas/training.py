@@ -173,11 +173,13 @@ class Tracking(Strict):
 
 
 class Machine(Strict):
-    """What a run's speed is measured against and what an hour of it costs; of the worker, and no part of what is trained."""
+    """What a run trains on, what its speed is measured against and what an hour of it costs; of the worker, and not of the recipe."""
 
     peak_flops: Annotated[float, Field(gt=0)] | None = None
     """FLOPS per second of the device in the format trained in; None: from a table of GPUs, and unknown elsewhere."""
     price_per_hour: Annotated[float, Field(ge=0)] | None = None
+    processes: Annotated[int, Field(ge=1, le=64)] | None = None
+    """How many train one model together, a GPU each. None: one for each visible GPU, one on a CPU."""
 
 
 class DaptConfig(Strict):

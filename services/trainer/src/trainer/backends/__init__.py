@@ -29,6 +29,8 @@ class LoadRequest:
     gradient_checkpointing: bool
     load_in_4bit: bool
     seed: int
+    sharded: bool = False
+    """It is sharded layer by layer afterwards (:mod:`trainer.sharding`) and stays in the machine's memory until then."""
 
 
 class Backend(Protocol):
@@ -52,10 +54,10 @@ class Choice:
     module: Any
 
 
-def choose(wanted: Literal["auto", "unsloth", "trl"], *, cache: Path) -> Choice:
-    """Take the wanted backend; ``auto`` takes Unsloth where it can be imported and plain TRL where not.
+def choose(wanted: Literal["auto", "unsloth", "trl"], *, cache: Path, processes: int = 1) -> Choice:
+    """Take the wanted backend; ``auto`` takes Unsloth where it can be imported and trains alone, and plain TRL where not.
 
-    ``cache`` is where Unsloth may write the code that it generates.
+    ``cache`` is where Unsloth may write the code that it generates. :func:`trainer.ranks.processes` refuses Unsloth for several.
 
     Raises:
         InvalidRequest: Unsloth was asked for by name and can not run here.
@@ -63,6 +65,8 @@ def choose(wanted: Literal["auto", "unsloth", "trl"], *, cache: Path) -> Choice:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if wanted == "trl":
         return Choice("trl", "asked for by the setting backend", _module("trl"))
+    if wanted == "auto" and processes > 1:
+        return Choice("trl", f"backend is auto and Unsloth trains on one GPU, not in {processes} processes", _module("trl"))
     fault = _start_unsloth(cache)
     if fault is None:
         why = "asked for by the setting backend" if wanted == "unsloth" else "backend is auto and Unsloth runs on this machine"

@@ -20,7 +20,7 @@ def load(request: LoadRequest) -> Any:
     model: Any = AutoModelForCausalLM.from_pretrained(
         str(request.model), dtype=request.dtype, attn_implementation="sdpa", trust_remote_code=False, local_files_only=True, **quantized
     )
-    if not request.load_in_4bit:  # quantized weights are made on their device
+    if not request.load_in_4bit and not request.sharded:  # quantized weights are made on their device
         model.to(device)
     check_modules(model, request.lora)
     if request.gradient_checkpointing:
