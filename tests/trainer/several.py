@@ -89,7 +89,8 @@ class Fails:
     def __call__(self) -> None:
         from trainer.loop import StageLoop
 
-        original = StageLoop.micro_step
+        loop: Any = StageLoop
+        original = loop.micro_step
 
         @functools.wraps(original)
         def failing(trainer: Any, *args: Any) -> None:
@@ -97,7 +98,7 @@ class Fails:
                 raise self.error
             original(trainer, *args)
 
-        StageLoop.micro_step = failing
+        loop.micro_step = failing
 
 
 def _session(pid: int) -> int:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from parampara.errors import EXIT_DIVERGED, EXIT_OK, EXIT_OUT_OF_MEMORY, EXIT_PREEMPTED, Diverged, InvalidRequest
+from parampara.errors import EXIT_OK, EXIT_OUT_OF_MEMORY, EXIT_PREEMPTED, InvalidRequest
 from parampara.manifest import sha256_file
 from parampara.progress import SilentProgress
 from parampara.schemas.stages import DaptConfig, SftConfig, TrainResult
@@ -45,6 +45,12 @@ def validations(workdir: Path) -> dict[int, float]:
     return {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
 
 
+def facts(workdir: Path) -> dict[str, Any]:
+    """What must be equal for one to be resumed, of the newest checkpoint."""
+    newest = max((workdir / "checkpoints").iterdir())
+    return json.loads((newest / "MANIFEST.json").read_text(encoding="utf-8"))["facts"]
+
+
 def assert_close(one: Path, two: Path) -> None:
     """The curves within 1e-4, the adapters within a hundredth of what was learnt."""
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
@@ -60,26 +66,37 @@ def assert_close(one: Path, two: Path) -> None:
 @pytest.mark.parametrize("kind", ["dapt", "sft"])
 def test_two_processes_train_what_one_does(kind: str, base: Path, book: Path, qa: Path, tmp_path: Path) -> None:
     """With micro-batches that one process has more of than the other, and the adapter of a best step that is not the last."""
-    settings: dict[str, Any] = {"max_tokens_per_batch": 48, "max_steps": 8, "checkpoint_steps": 1}
+    settings: dict[str, Any] = {"max_tokens_per_batch": 48, "max_steps": 6, "checkpoint_steps": 1}
     if kind == "dapt":
         config: DaptConfig | SftConfig = dapt_config(base, book, max_grad_norm=0.1, **settings)
     else:
         turning = {"learning_rate": 0.05, "lr_scheduler_type": "constant", "eval_steps": 1, "load_best": True}
         config = sft_config(base, qa, **settings, **turning)
+    config.tracking.report_to = ["tensorboard"]
     one = finished(in_processes(config, None, dropout=0), tmp_path / "one")
     two = finished(in_processes(config, 2, dropout=0), tmp_path / "two")
+    assert (one.processes, two.processes) == (1, 2)
+    assert len(list((tmp_path / "two" / "tracking").rglob("events.out.*"))) == 1
     assert_close(tmp_path / "one", tmp_path / "two")
-    assert (two.steps, two.trained_tokens, two.adapter_step, two.best_step) == (one.steps, one.trained_tokens, one.adapter_step, one.best_step)
-    assert kind == "dapt" or two.adapter_step < two.steps  # else this shows nothing of load_best
-    assert two.packing_efficiency is not None
-    assert two.packing_efficiency < 1  # the passes of a process that had nothing left to learn
+    assert (two.steps, two.trained_tokens, two.adapter_step, two.best_step) == (
+        one.steps,
+        one.trained_tokens,
+        one.adapter_step,
+        one.best_step,
+    )
+    assert facts(tmp_path / "two") == {
+        **facts(tmp_path / "one"),
+        "processes": 2,
+    }  # dropout is drawn otherwise: neither goes on as the other
+    # else this shows nothing of load_best, and nothing of the passes of a process that has nothing left to learn
+    assert two.adapter_step != two.steps if kind == "sft" else two.packing_efficiency != one.packing_efficiency == 1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_killed_terminated_and_continued_equals_uninterrupted(base: Path, tmp_path: Path) -> None:
     """With dropout, which differs by process; the uninterrupted run is that of the command, with a process started from nothing."""
-    config = in_processes(sft_config(base, write_qa(tmp_path / "qa.jsonl", rows=60), epochs=2, checkpoint_steps=2), 2)
+    config = in_processes(sft_config(base, write_qa(tmp_path / "qa.jsonl", rows=60), epochs=1.5, checkpoint_steps=2), 2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     uninterrupted = start(config, whole)
 
@@ -92,32 +109,28 @@ def test_killed_terminated_and_continued_equals_uninterrupted(base: Path, tmp_pa
     assert attempt.left() == []
 
     attempt = Attempt(config, parts)  # the stage process dies: the other one does with it
-    (follower,) = attempt.at_step(8)
+    (follower,) = attempt.at_step(7)
     os.kill(attempt.pid, signal.SIGKILL)
     assert attempt.code() == -signal.SIGKILL
     psutil.wait_procs([follower], timeout=10)
     assert attempt.left() == []
 
     attempt = Attempt(config, parts)  # asked to stop, of which the other process hears from this one
-    (follower,) = attempt.at_step(13)
+    (follower,) = attempt.at_step(11)
     assert attempt.seconds_to_stop([psutil.Process(attempt.pid), follower]) < STOP_SECONDS
     assert attempt.code() == EXIT_PREEMPTED, attempt.log()
     assert error(parts)["code"] == "preempted"
     assert attempt.left() == []
 
     result = finished(config, parts)
-    assert result.resumed_from_step >= 13
+    assert result.resumed_from_step >= 11
     assert uninterrupted.wait(timeout=200) == EXIT_OK, (whole / "log").read_text(encoding="utf-8")[-3000:]
     expected = TrainResult.model_validate_json((whole / "result.json").read_bytes())
     assert sha256_file(parts / ADAPTER) == sha256_file(whole / ADAPTER)
     assert losses(parts) == losses(whole)
     assert result.validation_loss_after == expected.validation_loss_after
     assert result.trained_tokens == expected.trained_tokens
-
-    alone = Attempt(in_processes(config, 1), parts)  # another number of processes is another run: dropout is drawn otherwise
-    assert alone.code() == EXIT_OK, alone.log()
-    events = [json.loads(line) for line in (parts / "progress.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert any("another configuration" in event.get("message", "") and "(processes)" in event["message"] for event in events)
+    assert facts(parts)["processes"] == 2
 
 
 @pytest.mark.slow
@@ -125,9 +138,14 @@ def test_killed_terminated_and_continued_equals_uninterrupted(base: Path, tmp_pa
     ("raised", "rank", "code", "name", "text"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 1, EXIT_OUT_OF_MEMORY, "out_of_memory", "Halve max_tokens"),
-        (Diverged("Step 3: the loss is nan."), 1, EXIT_DIVERGED, "diverged", "Step 3: the loss is nan."),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 0, EXIT_OUT_OF_MEMORY, "out_of_memory", "Halve max_tokens"),
-        (ZeroDivisionError("of nothing"), 1, 1, "process_died", "Process 2 of the 2 that train together failed: ZeroDivisionError: of noth"),
+        (
+            ZeroDivisionError("of nothing"),
+            1,
+            1,
+            "process_died",
+            "Process 2 of the 2 that train together failed: ZeroDivisionError: of noth",
+        ),
     ],
 )
 def test_an_error_in_any_process_is_that_of_the_stage(
@@ -225,8 +243,8 @@ def test_ranks_share_a_step_and_have_as_many_passes(kind: Any, lengths: list[int
 def test_shares_are_of_about_the_same_length() -> None:
     lengths = [97, 5, 88, 41, 40, 12, 60, 33, 2, 71]
     held = [sum(lengths[item] for item in share) for share in shares.balanced(lengths, 3)]
-    assert max(held) - min(held) <= min(lengths) * 5
     assert sum(held) == sum(lengths)
+    assert max(held) <= 1.1 * sum(lengths) / 3
 
 
 @pytest.mark.parametrize("items", [0, 1, 4, 6, 7])

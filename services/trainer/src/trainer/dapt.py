@@ -34,5 +34,10 @@ def train(config: DaptConfig, *, workdir: Path, progress: Progress, group: Group
         from trainer.engine import train_adapter  # after the backend: Unsloth must be imported before transformers
 
     return train_adapter(
-        config, choice=choice, build=partial(build_rows, workdir=workdir, progress=progress), workdir=workdir, progress=progress, group=group
+        config,
+        choice=choice,
+        build=partial(build_rows, workdir=workdir, progress=progress),
+        workdir=workdir,
+        progress=progress,
+        group=group,
     )

@@ -82,6 +82,8 @@ def train_adapter(
                 config, choice=choice, hardware=hardware, model=model, tokenizer=tokenizer, data=data, plan=plan, workdir=workdir
             )
             group.seed(config.seed)
+            if not group.first:
+                tracking.silence(trainer)
             if (taken := optimizer_taken(trainer)) != hardware.optimizer:
                 progress.event(f"the backend takes the optimizer {taken} instead of {hardware.optimizer} here", level="warn")
             resumed = _attach(
@@ -104,7 +106,7 @@ def train_adapter(
         after = trainer.run.validate(trainer.model)
     append_metrics(trainer.run.metrics_path, plan.steps, {"validation_loss": after})
     outcome = _choose_step(trainer, after, progress)
-    sharding.put_together(trainer.model)
+    sharding.put_together(trainer.model, keep=group.first)
     progress.phase("write adapter")
     result = _result(
         config,
@@ -140,7 +142,9 @@ def _choose_hardware(train: TrainParams, progress: Progress, group: Group) -> Ha
     hardware = choose_hardware(train.precision, train.optim)
     if group.size == 1 or (taken := sharding.optimizer_for_shards(hardware.optimizer)) == hardware.optimizer:
         return hardware
-    progress.event(f"several processes take the optimizer {taken} instead of {hardware.optimizer}, whose kernels know no shards", level="warn")
+    progress.event(
+        f"several processes take the optimizer {taken} instead of {hardware.optimizer}, whose kernels know no shards", level="warn"
+    )
     return replace(hardware, optimizer=taken)
 
 
@@ -304,6 +308,7 @@ def _result(
         flops_per_token=trainer.run.speed.flops_per_token,
         mfu=measured.get("mfu"),
         cost=measured.get("cost"),
+        processes=trainer.run.group.size,
         micro_batch_reductions=[MicroBatchReduction(**reduction) for reduction in ledger.reductions],
         library_versions=library_versions(),
     )

@@ -304,9 +304,11 @@ class StageLoop:
 
     def save_now(self) -> None:
         # whole tensors and all generators: each rank takes part, and the first one writes
-        adapter, optimizer = trainable_tensors(self.model), sharding.whole_state(self.optimizer.state_dict())
-        generators = self.run.group.gather(self._rng_after_step)
-        if not self.run.group.first:
+        group = self.run.group
+        adapter = trainable_tensors(self.model, keep=group.first)
+        optimizer = sharding.whole_state(self.optimizer.state_dict(), keep=group.first)
+        generators = group.gather(self._rng_after_step)
+        if not group.first:
             return
         fsync_file(self.run.metrics_path)  # the curve up to a checkpoint lasts as long as the checkpoint
         write = partial(self._write_checkpoint, adapter=adapter, optimizer=optimizer, generators=generators)
@@ -365,12 +367,11 @@ def read_ledger(checkpoint: Path) -> Ledger:
     return Ledger(**read_state(checkpoint)["ledger"])
 
 
-def trainable_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Names and values of all trained parameters, whole and on the CPU; of a sharded model every rank has to ask."""
+def trainable_tensors(model: Any, *, keep: bool = True) -> dict[str, torch.Tensor]:
+    """Names and values of all trained parameters, whole and on the CPU; of a sharded model each rank has to ask, some to ``keep`` none."""
     sharding.settle(model)
-    return {
-        name: sharding.whole(p.detach()).to("cpu").contiguous().clone() for name, p in model.named_parameters() if p.requires_grad
-    }
+    found = {name: sharding.on_cpu(parameter, keep=keep) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def load_trainable(model: Any, checkpoint: Path) -> None:

@@ -283,7 +283,8 @@ class _Spawned:
 
 
 class _Forked:
-    """Another rank forked from this process, which has the libraries imported and has done nothing with them yet."""
+    """Another rank forked from this process, which has the libraries imported and has done nothing with them yet; not on a GPU, which
+    counting may have touched."""
 
     def __init__(self, rank: int, *, size: int, workdir: Path, variables: dict[str, str]) -> None:
         from trainer.follower import follow
@@ -306,14 +307,12 @@ class _Forked:
 def _start(rank: int, *, size: int, workdir: Path, device: str | None) -> _Spawned | _Forked:
     """Its death is tied to that of this thread by the kernel."""
     variables = {SUPERVISOR_PID: str(os.getpid()), **({} if device is None else {"CUDA_VISIBLE_DEVICES": device})}
-    return (_Forked if _may_fork() else _Spawned)(rank, size=size, workdir=workdir, variables=variables)
+    return (_Forked if device is None and _may_fork() else _Spawned)(rank, size=size, workdir=workdir, variables=variables)
 
 
 def _may_fork() -> bool:
-    """In a stage that was forked itself (:mod:`parampara.execution.preloaded`): the imports are done, no thread and no GPU is in use."""
-    import torch
-
-    return "trl" in sys.modules and len(os.listdir("/proc/self/task")) == 1 and not torch.cuda.is_initialized()
+    """In a stage that was forked itself (:mod:`parampara.execution.preloaded`): the imports are done, and no thread lives."""
+    return "trl" in sys.modules and len(os.listdir("/proc/self/task")) == 1
 
 
 class _Watch(threading.Thread):
@@ -346,7 +345,7 @@ class _Watch(threading.Thread):
 
     def cause_of(self, error: Exception) -> ParamparaError | None:
         """The failure of another rank that ``error`` of this one comes from; None where ``error`` says itself what it is."""
-        if isinstance(error, ParamparaError):
+        if isinstance(error, ParamparaError) or not isinstance(error, RuntimeError):
             return None
         if self._failed.wait(5 * _LAST_WORDS_SECONDS):
             return self._failure
@@ -381,7 +380,9 @@ class _Watch(threading.Thread):
         what = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
         hint = " (often: the machine ran out of memory)" if code == -signal.SIGKILL else ""
         count = len(self._followers) + 1
-        return ProcessDied(f"Process {rank + 1} of the {count} that train together {what}{hint}; retried, the stage goes on from its checkpoint.")
+        return ProcessDied(
+            f"Process {rank + 1} of the {count} that train together {what}{hint}; retried, the stage goes on from its checkpoint."
+        )
 
 
 def _told(path: Path) -> ParamparaError | None:

@@ -75,10 +75,16 @@ def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def whole_state(state: dict[str, Any]) -> dict[str, Any]:
-    """``state_dict()`` of an optimizer with every tensor whole; one that is put together is in ordinary memory."""
+def on_cpu(tensor: torch.Tensor, *, keep: bool) -> torch.Tensor | None:
+    """A copy in one piece in the machine's memory; None without ``keep``: such a rank only gives its part."""
+    found = whole(tensor.detach())
+    return found.to("cpu").contiguous().clone() if keep else None
+
+
+def whole_state(state: dict[str, Any], *, keep: bool) -> dict[str, Any]:
+    """``state_dict()`` of an optimizer with every sharded tensor as :func:`on_cpu` has it."""
     found = {
-        index: {name: value.full_tensor().cpu() if isinstance(value, DTensor) else value for name, value in tensors.items()}
+        index: {name: on_cpu(value, keep=keep) if isinstance(value, DTensor) else value for name, value in tensors.items()}
         for index, tensors in state["state"].items()
     }
     return {**state, "state": found}
@@ -89,19 +95,22 @@ def spread_state(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
     indices = [index for saved in state["param_groups"] for index in saved["params"]]
     parameters = dict(zip(indices, (p for held in optimizer.param_groups for p in held["params"]), strict=True))
     found = {
-        index: {name: like(value, parameters[index]) if _has_shape_of(value, parameters[index]) else value for name, value in tensors.items()}
+        index: {
+            name: like(value, parameters[index]) if _has_shape_of(value, parameters[index]) else value for name, value in tensors.items()
+        }
         for index, tensors in state["state"].items()
     }
     return {**state, "state": found}
 
 
-def put_together(model: Any) -> None:
-    """Make every trained parameter whole and ordinary, in the machine's memory; the model is to be read then and not to be run."""
+def put_together(model: Any, *, keep: bool) -> None:
+    """With ``keep``, make every trained parameter of a sharded model whole and ordinary: it is to be read then and not to be run."""
     settle(model)
     for name, parameter in list(model.named_parameters()):
         if parameter.requires_grad and isinstance(parameter, DTensor):
             owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(parameter.detach().full_tensor().cpu())
+            if (found := on_cpu(parameter, keep=keep)) is not None:
+                model.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(found)
 
 
 def _parts(model: Any) -> list[Any]:

@@ -272,5 +272,7 @@ class TrainResult(Strict):
     """Share of the device's peak that the model's own operations make up (Chowdhery et al. 2022); None: the peak is not known."""
     cost: float | None = None
     """``seconds`` at the price of ``PARAMPARA_WORKER__PRICE_PER_HOUR``, in its currency; loading and validation are not in it."""
+    processes: int = 1
+    """That trained together, a GPU each; ``peak_memory_bytes`` is that of the first, ``mfu`` that of all."""
     micro_batch_reductions: list[MicroBatchReduction] = []
     library_versions: dict[str, str] = {}
