@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from parampara.errors import InvalidData, Preempted
+from parampara.errors import InvalidData, InvalidRequest, Preempted
 from parampara.execution import stop
 from parampara.manifest import weights_fingerprint
 from parampara.progress import SilentProgress
-from parampara.schemas.stages import DpoConfig, DpoParams, TrainResult
+from parampara.schemas.stages import DpoConfig, DpoParams, Machine, TrainResult
 from tests.trainer.runs import dpo_config, losses, start, write_preferences
 from tests.trainer.test_training import Recorder
 from trainer import dpo
@@ -231,6 +231,13 @@ def test_smoothing_is_for_the_loss_that_has_it() -> None:
     with pytest.raises(ValueError, match="label_smoothing is for loss_type robust"):
         DpoParams(label_smoothing=0.1)
     assert DpoParams(label_smoothing=0.1, loss_type="robust").label_smoothing == 0.1
+
+
+def test_it_trains_an_adapter_in_one_process(base: Path, pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stage dpo trains an adapter"):
+        DpoParams(lora=None)
+    with pytest.raises(InvalidRequest, match="is to train in 2 processes, and stage dpo trains in one; set PARAMPARA_WORKER__PROCESSES=1"):
+        run(dpo_config(base, pairs).model_copy(update={"machine": Machine(processes=2)}), tmp_path)
 
 
 @pytest.mark.slow

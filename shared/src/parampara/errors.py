@@ -135,6 +135,12 @@ class OutOfMemory(ParamparaError):
     exit_code = EXIT_OUT_OF_MEMORY
 
 
+class ProcessDied(ParamparaError):
+    """Of the processes that train together one was killed, crashed or lost the others; counts as a crash of the stage."""
+
+    code = "process_died"
+
+
 class DiskFull(ParamparaError):
     """No room left where the stage writes; nothing half-written counts, and what was whole before still is."""
 

@@ -44,12 +44,12 @@ def resolved(base: Path, home: Path, *, worker: dict[str, Any], **recipe: Any) -
 
 def test_trackers_come_from_the_recipe_and_the_machine_from_the_worker(base: Path, tmp_path: Path) -> None:
     tracking = {"report_to": ["tensorboard", "wandb"], "project": "kp"}
-    config, key = resolved(base, tmp_path, worker={"price_per_hour": 0.89, "peak_flops": 3.64e14}, tracking=tracking)
+    config, key = resolved(base, tmp_path, worker={"price_per_hour": 0.89, "peak_flops": 3.64e14, "processes": 2}, tracking=tracking)
     assert config.tracking.model_dump() == tracking
     assert config.tracking_directory == tmp_path / "tracking"
-    assert (config.machine.price_per_hour, config.machine.peak_flops) == (0.89, 3.64e14)
+    assert (config.machine.price_per_hour, config.machine.peak_flops, config.machine.processes) == (0.89, 3.64e14, 2)
     plain, same = resolved(base, tmp_path, worker={})
-    assert (plain.tracking.report_to, plain.machine.price_per_hour) == ([], None)
+    assert (plain.tracking.report_to, plain.machine.price_per_hour, plain.machine.processes) == ([], None, None)
     assert key == same  # neither is any part of what is trained
 
 

@@ -1,1 +1,1 @@
-"""Stages dapt and sft: LoRA training with Unsloth or TRL/PEFT."""
+"""Stages dapt, sft and dpo: training with Unsloth or TRL and PEFT."""

@@ -54,7 +54,9 @@ def _import_unsloth() -> None:
 
 def _preloadable(config: DaptConfig | SftConfig | DpoConfig) -> bool:
     """Unsloth has rebound the other libraries where it is there, and can not do so any more where they are."""
-    by_unsloth = config.backend != "trl" and config.params.lora is not None
+    from trainer.ranks import processes
+
+    by_unsloth = config.backend != "trl" and config.params.lora is not None and processes(config)[0] == 1
     return by_unsloth == ("unsloth" in sys.modules)
 
 

@@ -8,20 +8,22 @@ from typing import Any
 
 from parampara.errors import InvalidData
 from parampara.schemas.stages import DaptConfig, DpoConfig, SftConfig
-from trainer import full
+from trainer import full, sharding
 from trainer.backends import Choice, LoadRequest
 from trainer.loop import StageLoop
 from trainer.methods import adapter_parameters, restore_adapter
 from trainer.plan import Plan
 from trainer.precision import Hardware
 from trainer.preference_loop import PreferenceLoop
+from trainer.ranks import ALONE, Group
 from trainer.rows import StageData
 
 Config = DaptConfig | SftConfig | DpoConfig
 
 
-def load_model(config: Config, choice: Choice, hardware: Hardware) -> Any:
-    """The base with a fresh adapter; without ``lora`` the base, to be trained itself.
+def load_model(config: Config, choice: Choice, hardware: Hardware, group: Group = ALONE) -> Any:
+    """The base with a fresh adapter, spread over the ranks of ``group`` where there are several; without ``lora`` the base, to be
+    trained itself.
 
     Raises:
         InvalidData: the libraries can not load it, it lacks the modules that LoRA is asked to adapt, or it could not be written again.
@@ -35,6 +37,7 @@ def load_model(config: Config, choice: Choice, hardware: Hardware) -> Any:
         gradient_checkpointing=train.gradient_checkpointing,
         load_in_4bit=train.load_in_4bit,
         seed=config.seed,
+        sharded=group.size > 1,
     )
     try:
         model = choice.module.load(request)
@@ -44,6 +47,8 @@ def load_model(config: Config, choice: Choice, hardware: Hardware) -> Any:
         raise InvalidData(f"{config.model}: can not be loaded for training ({str(error)[:300]}).", param="model") from error
     if request.lora is None:
         full.stored_as(model, config.model)
+    if group.size > 1:
+        sharding.shard(model, group=group, device=hardware.device)
     return model
 
 

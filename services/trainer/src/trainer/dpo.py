@@ -7,7 +7,9 @@ from pathlib import Path
 from parampara.execution import stop
 from parampara.progress import Progress
 from parampara.schemas.stages import DpoConfig, TrainResult
+from trainer import ranks
 from trainer.backends import choose
+from trainer.ranks import Group
 
 
 def run(config: DpoConfig, *, workdir: Path, progress: Progress) -> TrainResult:
@@ -20,7 +22,11 @@ def run(config: DpoConfig, *, workdir: Path, progress: Progress) -> TrainResult:
         InvalidData, InvalidRequest: a pair, the model directory or a setting can not work.
         Preempted, Diverged, OutOfMemory: stopped on request with a checkpoint; loss not finite; memory too small.
     """
-    workdir = workdir.resolve()
+    return ranks.run(config, train, workdir=workdir.resolve(), progress=progress)
+
+
+def train(config: DpoConfig, *, workdir: Path, progress: Progress, group: Group) -> TrainResult:
+    """What the process of the stage does; ``group`` is always that one alone."""
     progress.phase("start backend")
     with stop.interruptible("while the backend started"):
         choice = choose(config.backend, cache=workdir / "unsloth")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from parampara.errors import InvalidData
 from parampara.execution import stop
 from parampara.manifest import weights_fingerprint
 from parampara.progress import Progress
-from parampara.schemas.stages import DpoConfig, MicroBatchReduction, TrainResult
+from parampara.schemas.stages import DpoConfig, MicroBatchReduction, TrainParams, TrainResult
 from parampara.schemas.training import AdapterParams
-from trainer import faults, full, memory, tracking
+from trainer import faults, full, memory, sharding, tracking
 from trainer.backends import Choice
 from trainer.building import Config, build_trainer, load_model, optimizer_taken, run_name
 from trainer.checkpoints import CheckpointStore
@@ -32,6 +32,7 @@ from trainer.methods import trained_in
 from trainer.output import read_lineage, write_output
 from trainer.plan import Plan
 from trainer.precision import Hardware, choose_hardware
+from trainer.ranks import ALONE, Group
 from trainer.rows import StageData
 from trainer.speed import Speedometer
 from trainer.steps import announce, fit_layout, plan_steps
@@ -40,9 +41,11 @@ _VERSIONED = ("torch", "transformers", "trl", "peft", "accelerate", "safetensors
 
 
 def train_adapter(
-    config: Config, *, choice: Choice, build: Callable[[Any, Any], StageData], workdir: Path, progress: Progress
+    config: Config, *, choice: Choice, build: Callable[[Any, Any], StageData], workdir: Path, progress: Progress, group: Group = ALONE
 ) -> TrainResult:
     """Train one LoRA adapter on ``config.model``, or without ``lora`` the model itself, and leave it in ``workdir/"output"``.
+
+    All ranks of ``group`` run this and train together; rank 0 alone writes, and reports to ``progress``.
 
     Raises:
         InvalidData, InvalidRequest: configuration, model directory or data can not work.
@@ -50,7 +53,7 @@ def train_adapter(
     """
     params = config.params
     with stop.interruptible("while the data were read"):
-        hardware = choose_hardware(params.train.precision, params.train.optim)
+        hardware = _choose_hardware(params.train, progress, group)
         progress.event(f"backend {choice.name}: {choice.reason}", backend=choice.name, device=hardware.device.type, dtype=hardware.dtype)
         if params.train.load_in_4bit:
             progress.event(
@@ -65,23 +68,38 @@ def train_adapter(
         base_sha256 = weights_fingerprint(config.model)
         lineage = read_lineage(config.model, base_sha256)
         tokenizer = load_tokenizer(config.model)
-        data = build(config, tokenizer)
+        with group.in_turn():
+            data = build(config, tokenizer)
     with _out_of_memory_named(params):
         progress.phase("load model")
         with stop.interruptible("while the model was loaded"):
-            model = load_model(config, choice, hardware)
+            model = load_model(config, choice, hardware, group)
             layout = fit_layout(config, choice=choice, hardware=hardware, model=model, tokenizer=tokenizer)
             plan = plan_steps(config, data, layout)
             announce(config, data, layout, plan, progress)
             facts = _resume_facts(config, choice=choice, hardware=hardware, data=data, plan=plan, layout=layout, base_sha256=base_sha256)
+            if group.size > 1:
+                facts["processes"] = group.size
             store = CheckpointStore(workdir / "checkpoints", facts=facts, keep=params.train.keep_checkpoints)
             trainer = build_trainer(
                 config, choice=choice, hardware=hardware, model=model, tokenizer=tokenizer, data=data, plan=plan, workdir=workdir
             )
+            group.seed(config.seed)
+            if not group.first:
+                tracking.silence(trainer)
             if (taken := optimizer_taken(trainer)) != hardware.optimizer:
                 progress.event(f"the backend takes the optimizer {taken} instead of {hardware.optimizer} here", level="warn")
             resumed = _attach(
-                trainer, config, hardware=hardware, data=data, plan=plan, layout=layout, store=store, workdir=workdir, progress=progress
+                trainer,
+                config,
+                hardware=hardware,
+                data=data,
+                plan=plan,
+                layout=layout,
+                store=store,
+                workdir=workdir,
+                progress=progress,
+                group=group,
             )
         if resumed is None:
             _measure_before(trainer, progress)
@@ -91,6 +109,7 @@ def train_adapter(
         after = trainer.run.validate(trainer.model)
     append_metrics(trainer.run.metrics_path, plan.steps, {"validation_loss": after, **trainer.held_out_figures})
     outcome = _choose_step(trainer, after, progress)
+    sharding.put_together(trainer.model, keep=group.first)
     progress.phase("write adapter")
     result = _result(
         config,
@@ -103,7 +122,8 @@ def train_adapter(
         workdir=workdir,
         resumed=resumed,
     )
-    write_output(result, config=config, model=trainer.model, lineage=lineage, data=data, metrics=trainer.run.metrics_path)
+    if group.first:
+        write_output(result, config=config, model=trainer.model, lineage=lineage, data=data, metrics=trainer.run.metrics_path)
     return result
 
 
@@ -119,6 +139,16 @@ def load_tokenizer(model: Path) -> Any:
         return AutoTokenizer.from_pretrained(str(model), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
         raise InvalidData(f"{model}: its tokenizer can not be read ({str(error).splitlines()[0][:200]}).", param="model") from None
+
+
+def _choose_hardware(train: TrainParams, progress: Progress, group: Group) -> Hardware:
+    hardware = choose_hardware(train.precision, train.optim)
+    if group.size == 1 or (taken := sharding.optimizer_for_shards(hardware.optimizer)) == hardware.optimizer:
+        return hardware
+    progress.event(
+        f"several processes take the optimizer {taken} instead of {hardware.optimizer}, whose kernels know no shards", level="warn"
+    )
+    return replace(hardware, optimizer=taken)
 
 
 def _require_model_directory(path: Path) -> None:
@@ -168,9 +198,11 @@ def _attach(
     store: CheckpointStore,
     workdir: Path,
     progress: Progress,
+    group: Group,
 ) -> Path | None:
     """Give the trainer its run, fresh or from the newest checkpoint that verifies; return that checkpoint's path."""
     found, skipped = store.newest()
+    group.require_equal([store.facts, None if found is None else found.step], "data, settings and checkpoints")
     for reason in skipped:
         progress.event(f"checkpoint passed over: {reason}", level="warn")
     ledger = Ledger() if found is None else read_ledger(found.path)
@@ -181,13 +213,14 @@ def _attach(
         layout=layout,
         store=store,
         progress=progress,
-        metrics_path=workdir / "metrics.jsonl",
-        stopped=stop.requested,
-        validate=lambda model: trainer.held_out_loss(model, data.validation, layout=layout, hardware=hardware, stopped=stop.requested),
+        metrics_path=workdir / "metrics.jsonl" if group.first else group.scratch(workdir) / "metrics.jsonl",
+        stopped=group.stopped,
+        validate=lambda model: trainer.held_out_loss(model, data.validation, layout=layout, hardware=hardware),
         train=train,
         full=config.params.lora is None,
-        speed=Speedometer.of(trainer.model, hardware=hardware, machine=config.machine),
+        speed=Speedometer.of(trainer.model, hardware=hardware, machine=config.machine, processes=group.size),
         ledger=ledger,
+        group=group,
     )
     truncate_metrics(run.metrics_path, -1 if found is None else found.step, evaluated=ledger.validation_after)
     trainer.start(run)
@@ -283,6 +316,7 @@ def _result(
         flops_per_token=trainer.run.speed.flops_per_token,
         mfu=measured.get("mfu"),
         cost=measured.get("cost"),
+        processes=trainer.run.group.size,
         micro_batch_reductions=[MicroBatchReduction(**reduction) for reduction in ledger.reductions],
         library_versions=library_versions(),
     )

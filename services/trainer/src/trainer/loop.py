@@ -11,8 +11,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,12 +25,13 @@ from parampara.errors import Diverged, Preempted
 from parampara.progress import Progress
 from parampara.schemas.stages import TrainParams
 from parampara.storage import fsync_file, write_atomically
-from trainer import faults, memory, rng
+from trainer import faults, memory, rng, sharding, shares
 from trainer.checkpoints import CheckpointStore
 from trainer.divergence import require_finite, require_no_runaway
 from trainer.layout import Layout, documents_in
 from trainer.plan import Plan
 from trainer.precision import Hardware
+from trainer.ranks import ALONE, Group
 from trainer.rows import IGNORED, TokenRow
 from trainer.speed import Speedometer
 from trainer.state_tree import join_tensors, split_tensors
@@ -88,6 +89,8 @@ class RunContext:
     full: bool = False
     """Every weight is trained: there is no adapter."""
     ledger: Ledger = field(default_factory=Ledger)
+    group: Group = ALONE
+    """The processes that train together; each has all rows and takes its share of every step."""
 
 
 class StageLoop:
@@ -132,10 +135,7 @@ class StageLoop:
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The rows of the coming steps, and how many items they learn: each item of a step weighs the same."""
         steps = list(islice(epoch_iterator, num_batches))
-        count = torch.tensor(sum(self.items_of(rows) for rows in steps), device=device)
-        if self.args.world_size > 1:
-            count = self.accelerator.gather(count).sum()
-        return steps, count
+        return steps, torch.tensor(sum(self.items_of(rows) for rows in steps), device=device)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One optimizer step on the rows ``inputs``; out of memory, the whole step again in smaller micro-batches."""
@@ -158,11 +158,15 @@ class StageLoop:
 
     def _train_on(self, model: Any, rows: list[TokenRow], num_items_in_batch: Any) -> torch.Tensor:
         """Each micro-batch forward and backward, gradients exchanged with the last; returns the loss of the step."""
-        batches = memory.smaller(self.run.layout, self.run.ledger.parts).collate(rows)
+        batches = shares.micro_batches(rows, memory.smaller(self.run.layout, self.run.ledger.parts), self.run.group)
         for number, batch in enumerate(batches, 1):
-            with nullcontext() if number == len(batches) else self.accelerator.no_sync(model):
+            with sharding.exchanging(self.model, number == len(batches)):
                 self.micro_step(model, batch, num_items_in_batch)
         assert self._step_loss is not None
+        if self.run.group.size > 1:
+            loss, tokens, positions = self.run.group.sums(float(self._step_loss), self._pending_tokens, self._pending_positions)
+            self._step_loss = torch.full_like(self._step_loss, loss)
+            self._pending_tokens, self._pending_positions = int(tokens), int(positions)
         return self._step_loss
 
     def micro_step(self, model: Any, batch: dict[str, Any], num_items_in_batch: Any) -> None:
@@ -170,15 +174,19 @@ class StageLoop:
             self._preempt()
         self._batch = batch
         self._pending_positions += batch["input_ids"].numel()
-        self._pending_tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+        if shares.IDLE not in batch:
+            self._pending_tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
         loss = super().training_step(model, batch, num_items_in_batch)  # type: ignore[misc]
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The share of a micro-batch in the loss of its step, also of a model that only knows the mean over its micro-batch."""
+        idle = inputs.pop(shares.IDLE, False)
         learnt = self.items_in(inputs)
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        return loss if self.model_accepts_loss_kwargs else loss * (learnt * self.args.world_size / num_items_in_batch)
+        if idle:
+            return loss * 0.0
+        return loss if self.model_accepts_loss_kwargs else loss * (learnt / num_items_in_batch)
 
     def items_of(self, rows: Sequence[TokenRow]) -> int:
         """How many items the loss of these rows is a mean over: the tokens that are learnt."""
@@ -192,11 +200,9 @@ class StageLoop:
         """What a stage reports beside the loss, of the steps since the last call."""
         return {}
 
-    def held_out_loss(
-        self, model: Any, rows: Sequence[TokenRow], *, layout: Layout, hardware: Hardware, stopped: Callable[[], bool]
-    ) -> float:
+    def held_out_loss(self, model: Any, rows: Sequence[TokenRow], *, layout: Layout, hardware: Hardware) -> float:
         """As :func:`trainer.validation.mean_loss`; a stage that measures more keeps it in ``held_out_figures``."""
-        return mean_loss(model, rows, layout=layout, hardware=hardware, stopped=stopped)
+        return mean_loss(model, rows, layout=layout, hardware=hardware, stopped=self.run.stopped, group=self.run.group)
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # the library's count would read one batch, and nobody reads the count
@@ -208,7 +214,7 @@ class StageLoop:
             OutOfMemory: it held one document already, or several processes train together, of which the others know nothing of this.
         """
         step, run = self.state.global_step + 1, self.run
-        alone = self.args.world_size == 1
+        alone = run.group.size == 1
         if not alone or documents_in(self._batch) == 1:
             raise memory.out_of_memory(run.train, error, step=step if alone else None, full=run.full) from error
         run.ledger.parts *= 2
@@ -225,7 +231,7 @@ class StageLoop:
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
         """Called right before the optimizer's step: nothing that is not finite may reach a weight."""
-        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))  # type: ignore[misc]
+        norm = float(sharding.whole(super()._get_grad_norm(model, grad_norm=grad_norm)))  # type: ignore[misc]
         assert self._step_loss is not None
         loss, step = float(self._step_loss), self.state.global_step + 1
         if not math.isfinite(loss):
@@ -320,19 +326,29 @@ class StageLoop:
         raise Preempted(f"Stopped at step {step} of {self.run.plan.steps} as asked" + ("; a checkpoint was written." if step else "."))
 
     def save_now(self) -> None:
+        # whole tensors and all generators: each rank takes part, and the first one writes
+        group = self.run.group
+        adapter = trainable_tensors(self.model, keep=group.first)
+        optimizer = sharding.whole_state(self.optimizer.state_dict(), keep=group.first)
+        generators = group.gather(self._rng_after_step)
+        if not group.first:
+            return
         fsync_file(self.run.metrics_path)  # the curve up to a checkpoint lasts as long as the checkpoint
-        self.run.store.save(self.state.global_step, self._write_checkpoint, best=self.run.ledger.best_step)
+        write = partial(self._write_checkpoint, adapter=adapter, optimizer=optimizer, generators=generators)
+        self.run.store.save(self.state.global_step, write, best=self.run.ledger.best_step)
 
-    def _write_checkpoint(self, directory: Path) -> None:
-        adapter = trainable_tensors(self.model)
+    def _write_checkpoint(
+        self, directory: Path, *, adapter: dict[str, torch.Tensor], optimizer: dict[str, Any], generators: list[dict[str, Any] | None]
+    ) -> None:
         require_finite(adapter)
         save_tensors(adapter, directory / ADAPTER)
         scaler = getattr(self.accelerator, "scaler", None)
         tree, tensors = split_tensors(
             {
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "scheduler": self.lr_scheduler.state_dict(),
-                "rng": self._rng_after_step,
+                "rng": generators[0],
+                **({"rng_of_others": generators[1:]} if len(generators) > 1 else {}),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "ledger": asdict(self.run.ledger),
             }
@@ -351,7 +367,7 @@ class StageLoop:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             state = read_state(Path(checkpoint))
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(sharding.spread_state(state["optimizer"], self.optimizer))
             self.lr_scheduler.load_state_dict(state["scheduler"])
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -360,7 +376,8 @@ class StageLoop:
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            rng.restore(read_state(Path(checkpoint))["rng"])
+            state = read_state(Path(checkpoint))
+            rng.restore(state["rng"] if self.run.group.first else state["rng_of_others"][self.run.group.rank - 1])
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -373,9 +390,11 @@ def read_ledger(checkpoint: Path) -> Ledger:
     return Ledger(**read_state(checkpoint)["ledger"])
 
 
-def trainable_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Names and values of all trained parameters, on the CPU."""
-    return {name: p.detach().to("cpu").contiguous().clone() for name, p in model.named_parameters() if p.requires_grad}
+def trainable_tensors(model: Any, *, keep: bool = True) -> dict[str, torch.Tensor]:
+    """Names and values of all trained parameters, whole and on the CPU; of a sharded model each rank has to ask, some to ``keep`` none."""
+    sharding.settle(model)
+    found = {name: sharding.on_cpu(parameter, keep=keep) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def load_trainable(model: Any, checkpoint: Path) -> None:
@@ -385,10 +404,11 @@ def load_trainable(model: Any, checkpoint: Path) -> None:
         KeyError: the checkpoint belongs to other parameters (its key should have said so).
     """
     saved = load_file(str(checkpoint / ADAPTER))
+    sharding.settle(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.copy_(saved.pop(name).to(parameter.device))
+                parameter.copy_(sharding.like(saved.pop(name), parameter))
     if saved:
         raise KeyError(f"{checkpoint.name} holds parameters that the model lacks: {sorted(saved)[:3]}")
 

@@ -7,7 +7,7 @@ reference is the same model with its adapter switched off.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,9 +45,7 @@ class PreferenceLoop(StageLoop):
     def figures_of_step(self) -> dict[str, float]:
         return self._noted("train")
 
-    def held_out_loss(
-        self, model: Any, rows: Sequence[TokenRow], *, layout: Layout, hardware: Hardware, stopped: Callable[[], bool]
-    ) -> float:
+    def held_out_loss(self, model: Any, rows: Sequence[TokenRow], *, layout: Layout, hardware: Hardware) -> float:
         """Mean loss per pair, without dropout. Leaves the model in evaluation mode, and ``held_out_figures`` of these rows.
 
         Raises:
@@ -59,7 +57,7 @@ class PreferenceLoop(StageLoop):
         total = 0.0
         for start in range(0, len(rows), _PAIRS_PER_BATCH):
             for batch in layout.collate(rows[start : start + _PAIRS_PER_BATCH]):
-                if stopped():
+                if self.run.stopped():
                     raise Preempted("Stopped while validating, as asked.")
                 moved = {key: value.to(hardware.device) for key, value in batch.items()}
                 with torch.no_grad(), hardware.autocast():

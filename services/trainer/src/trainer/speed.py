@@ -67,11 +67,13 @@ class Speedometer:
     price_per_hour: float | None
 
     @classmethod
-    def of(cls, model: Any, *, hardware: Hardware, machine: Machine) -> Speedometer:
-        """``machine`` has the last word; the table covers GPUs in 16 bits, and neither CPUs nor float32."""
+    def of(cls, model: Any, *, hardware: Hardware, machine: Machine, processes: int = 1) -> Speedometer:
+        """``machine`` has the last word; the table covers GPUs in 16 bits, and neither CPUs nor float32. The peak is that of all
+        ``processes``."""
         peak = machine.peak_flops
         if peak is None and hardware.device.type == "cuda" and hardware.dtype != "float32":
             peak = peak_flops(torch.cuda.get_device_name())
+        peak = None if peak is None else peak * processes
         return cls(hardware.device, flops_per_token(model), peak, machine.price_per_hour)
 
     def read(self, *, tokens_per_second: float, seconds: float) -> dict[str, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 from parampara.errors import InvalidRequest
 from parampara.schemas.stages import Tracker, Tracking
@@ -34,6 +35,14 @@ def prepare(tracking: Tracking, *, directory: Path, run: str) -> None:
         (directory / name).mkdir(parents=True, exist_ok=True)
         for variable, value in _variables(name, tracking, directory / name, run).items():
             os.environ.setdefault(variable, value)
+
+
+def silence(trainer: Any) -> None:
+    """Take the trackers away from a rank whose curve another one writes."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    for callback in get_reporting_integration_callbacks(trainer.args.report_to):
+        trainer.remove_callback(callback)
 
 
 def _variables(name: Tracker, tracking: Tracking, directory: Path, run: str) -> dict[str, str]:

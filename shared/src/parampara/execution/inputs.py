@@ -201,7 +201,7 @@ def _train(gathered: Gathered, inputs: dict[str, list[_Input]], settings: Settin
         **{name: spec[name] for name in ("params", "backend", "seed")},
         "tracking": spec.get("tracking", {}),
         "tracking_directory": settings.home.resolve() / "tracking",
-        "machine": {"peak_flops": settings.worker.peak_flops, "price_per_hour": settings.worker.price_per_hour},
+        "machine": settings.worker.model_dump(include={"peak_flops", "price_per_hour", "processes"}),
     }
 
 

@@ -121,7 +121,7 @@ class DpoParams(AdapterParams):
     The reference is the model without that adapter: the base with the DAPT and SFT adapters merged in.
     """
 
-    lora: LoraParams = LoraParams(lora_dropout=0.0)
+    lora: LoraParams | None = LoraParams(lora_dropout=0.0)
     """Without dropout, as TRL has it: the reference knows none, and what it adds would count as a preference."""
     train: TrainParams = TrainParams(learning_rate=1e-5, packing=False)
     beta: Annotated[float, Field(gt=0, le=100)] = 0.1
@@ -133,6 +133,12 @@ class DpoParams(AdapterParams):
     validation_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.05
     system_prompt: Annotated[str, Field(max_length=8000)] | None = None
     """None: that of stage sft in a recipe."""
+
+    @model_validator(mode="after")
+    def _has_a_reference(self) -> DpoParams:
+        if self.lora is None:
+            raise ValueError("lora is null: stage dpo trains an adapter, and holds it against the model without it; leave lora out")
+        return self
 
     @model_validator(mode="after")
     def _smooths_what_can_be_smoothed(self) -> DpoParams:
@@ -174,11 +180,13 @@ class Tracking(Strict):
 
 
 class Machine(Strict):
-    """What a run's speed is measured against and what an hour of it costs; of the worker, and no part of what is trained."""
+    """What a run trains on, what its speed is measured against and what an hour of it costs; of the worker, and not of the recipe."""
 
     peak_flops: Annotated[float, Field(gt=0)] | None = None
     """FLOPS per second of the device in the format trained in; None: from a table of GPUs, and unknown elsewhere."""
     price_per_hour: Annotated[float, Field(ge=0)] | None = None
+    processes: Annotated[int, Field(ge=1, le=64)] | None = None
+    """How many train one model together, a GPU each. None: one for each visible GPU, one on a CPU."""
 
 
 class DaptConfig(Strict):
@@ -275,5 +283,7 @@ class TrainResult(Strict):
     """Share of the device's peak that the model's own operations make up (Chowdhery et al. 2022); None: the peak is not known."""
     cost: float | None = None
     """``seconds`` at the price of ``PARAMPARA_WORKER__PRICE_PER_HOUR``, in its currency; loading and validation are not in it."""
+    processes: int = 1
+    """That trained together, a GPU each; ``peak_memory_bytes`` is that of the first, ``mfu`` that of all."""
     micro_batch_reductions: list[MicroBatchReduction] = []
     library_versions: dict[str, str] = {}

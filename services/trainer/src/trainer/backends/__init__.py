@@ -30,6 +30,8 @@ class LoadRequest:
     gradient_checkpointing: bool
     load_in_4bit: bool
     seed: int
+    sharded: bool = False
+    """It is sharded layer by layer afterwards (:mod:`trainer.sharding`) and stays in the machine's memory until then."""
 
 
 class Backend(Protocol):
@@ -57,11 +59,12 @@ class Choice:
     module: Any
 
 
-def choose(wanted: Literal["auto", "unsloth", "trl"], *, cache: Path, full: bool = False) -> Choice:
-    """Take the wanted backend; ``auto`` takes Unsloth where it can be imported and plain TRL where not.
+def choose(wanted: Literal["auto", "unsloth", "trl"], *, cache: Path, full: bool = False, processes: int = 1) -> Choice:
+    """Take the wanted backend; ``auto`` takes Unsloth where it can be imported and trains an adapter alone, and plain TRL where not.
 
     ``cache`` is where Unsloth may write the code that it generates. ``full``: every weight is trained, which Unsloth does by other code
     on a GPU (weights in bfloat16, models compiled anew) than on a CPU, so that no test here would speak for it: plain TRL does it.
+    :func:`trainer.ranks.processes` refuses Unsloth for several.
 
     Raises:
         InvalidRequest: Unsloth was asked for by name and can not run here, or not train every weight.
@@ -76,6 +79,8 @@ def choose(wanted: Literal["auto", "unsloth", "trl"], *, cache: Path, full: bool
         return Choice("trl", "asked for by the setting backend", _module("trl"))
     if full:
         return Choice("trl", "backend is auto and lora is null: every weight is trained by plain TRL alone", _module("trl"))
+    if wanted == "auto" and processes > 1:
+        return Choice("trl", f"backend is auto and Unsloth trains on one GPU, not in {processes} processes", _module("trl"))
     fault = _start_unsloth(cache)
     if fault is None:
         why = "asked for by the setting backend" if wanted == "unsloth" else "backend is auto and Unsloth runs on this machine"

@@ -24,7 +24,7 @@ def load(request: LoadRequest) -> Any:
     model: Any = AutoModelForCausalLM.from_pretrained(
         str(request.model), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, local_files_only=True, **quantized
     )
-    if not request.load_in_4bit:  # quantized weights are made on their device
+    if not request.load_in_4bit and not request.sharded:  # quantized weights are made on their device
         model.to(device)
     if request.lora is None:
         return model.train().requires_grad_(True)
