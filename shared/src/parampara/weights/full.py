@@ -69,16 +69,17 @@ class FullWeights:
         if not path.is_file():
             raise InvalidData(f"{self.name}: {WEIGHTS} is missing in {directory}.", param=self.name)
         self._file = TensorFile(path)
-
-    @functools.cached_property
-    def sha256(self) -> str:
-        """Of the weights' file; all of its bytes are read for it."""
-        return sha256_file(self._file.path)
-
-    @functools.cached_property
-    def targets(self) -> set[str]:
+        self.targets = {name for name, info in self._file.tensors.items() if info.dtype.is_floating_point}
         """Names of the base's tensors that are replaced: those that can be trained."""
-        return {name for name, info in self._file.tensors.items() if info.dtype.is_floating_point}
+
+    @property
+    def sha256(self) -> str:
+        """Of the weights' file; all of its bytes are read for it, once."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        return sha256_file(self._file.path)
 
     def check_against(self, base: ModelFiles) -> None:
         """The weights must be those of the base, tensor by tensor, and its tokenizer the base's.
