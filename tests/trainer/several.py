@@ -101,6 +101,25 @@ class Fails:
         loop.micro_step = failing
 
 
+class Dies:
+    """``Attempt(setup=...)``: rank 1 is killed in the middle of the passes that try the layout on the model."""
+
+    def __call__(self) -> None:
+        from trainer import layout
+
+        original = layout._last_logits
+
+        @functools.wraps(original)
+        def dying(*args: Any) -> Any:
+            import torch
+
+            if torch.distributed.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args)
+
+        layout._last_logits = dying
+
+
 def _session(pid: int) -> int:
     try:
         return os.getsid(pid)

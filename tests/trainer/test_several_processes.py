@@ -20,7 +20,7 @@ from parampara.manifest import sha256_file
 from parampara.progress import SilentProgress
 from parampara.schemas.stages import DaptConfig, SftConfig, TrainResult
 from tests.trainer.runs import dapt_config, losses, sft_config, start, write_qa
-from tests.trainer.several import Attempt, Fails, error, finished
+from tests.trainer.several import Attempt, Dies, Fails, error, finished
 from trainer import ranks, sft, shares
 from trainer.backends import choose
 from trainer.layout import Layout
@@ -156,6 +156,14 @@ def test_an_error_in_any_process_is_that_of_the_stage(
     assert error(tmp_path)["code"] == name
     assert text in error(tmp_path)["message"]
     assert attempt.left() == []
+
+
+@pytest.mark.slow
+def test_a_death_that_a_library_takes_for_something_else_is_told_as_what_it_is(base: Path, qa: Path, tmp_path: Path) -> None:
+    """The layout is tried in passes that may fail in any way; a lost process is none of them."""
+    attempt = Attempt(in_processes(sft_config(base, qa), 2), tmp_path, setup=Dies())
+    assert attempt.code() == 1
+    assert error(tmp_path)["code"] == "process_died", attempt.log()
 
 
 def _stuck(workdir: Path) -> None:
