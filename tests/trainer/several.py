@@ -102,22 +102,26 @@ class Fails:
 
 
 class Dies:
-    """``Attempt(setup=...)``: rank 1 is killed in the middle of the passes that try the layout on the model."""
+    """``Attempt(setup=...)``: rank 1 is killed in the ``layer``-th layer that is run, of the passes that try the layout on the model."""
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
 
     def __call__(self) -> None:
-        from trainer import layout
+        from trainer import attention
 
-        original = layout._last_logits
+        original = attention.attend
 
         @functools.wraps(original)
-        def dying(*args: Any) -> Any:
+        def dying(*args: Any, **kwargs: Any) -> Any:
             import torch
 
-            if torch.distributed.get_rank() == 1:
+            self.layer -= 1
+            if torch.distributed.get_rank() == 1 and self.layer == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args)
+            return original(*args, **kwargs)
 
-        layout._last_logits = dying
+        attention.attend = dying
 
 
 def _session(pid: int) -> int:
