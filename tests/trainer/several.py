@@ -101,6 +101,29 @@ class Fails:
         loop.micro_step = failing
 
 
+class Dies:
+    """``Attempt(setup=...)``: rank 1 is killed in the ``layer``-th layer that is run, of the passes that try the layout on the model."""
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+
+    def __call__(self) -> None:
+        from trainer import attention
+
+        original = attention.attend
+
+        @functools.wraps(original)
+        def dying(*args: Any, **kwargs: Any) -> Any:
+            import torch
+
+            self.layer -= 1
+            if torch.distributed.get_rank() == 1 and self.layer == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        attention.attend = dying
+
+
 def _session(pid: int) -> int:
     try:
         return os.getsid(pid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,8 +21,9 @@ from parampara.manifest import sha256_file
 from parampara.progress import SilentProgress
 from parampara.schemas.stages import DaptConfig, SftConfig, TrainResult
 from tests.trainer.runs import dapt_config, losses, sft_config, start, write_qa
-from tests.trainer.several import Attempt, Fails, error, finished
+from tests.trainer.several import Attempt, Dies, Fails, error, finished
 from trainer import ranks, sft, shares
+from trainer.__main__ import _preloadable
 from trainer.backends import choose
 from trainer.layout import Layout
 from trainer.ranks import Group
@@ -158,6 +160,14 @@ def test_an_error_in_any_process_is_that_of_the_stage(
     assert attempt.left() == []
 
 
+@pytest.mark.slow
+def test_a_death_that_a_library_takes_for_something_else_is_told_as_what_it_is(base: Path, qa: Path, tmp_path: Path) -> None:
+    """The layout is tried in passes that may fail in any way; a lost process is none of them."""
+    attempt = Attempt(in_processes(sft_config(base, qa), 2), tmp_path, setup=Dies(1))
+    assert attempt.code() == 1
+    assert error(tmp_path)["code"] == "process_died", attempt.log()
+
+
 def _stuck(workdir: Path) -> None:
     """A main thread that waits in a kernel for a process that is gone."""
     ranks._LAST_WORDS_SECONDS = ranks._GRACE_SECONDS = 0.1
@@ -217,6 +227,17 @@ def test_auto_takes_the_backend_that_trains_in_several_processes(tmp_path: Path)
     choice = choose("auto", cache=tmp_path, processes=2)
     assert choice.name == "trl"
     assert choice.reason == "backend is auto and Unsloth trains on one GPU, not in 2 processes"
+
+
+@pytest.mark.parametrize(("backend", "processes", "preloaded"), [("auto", 2, "trl"), ("trl", 2, "trl"), ("auto", 1, "unsloth")])
+def test_a_stage_is_forked_from_the_libraries_that_it_trains_with(
+    backend: str, processes: int, preloaded: str, base: Path, qa: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = in_processes(sft_config(base, qa, backend=backend), processes)
+    monkeypatch.delitem(sys.modules, "unsloth", raising=False)
+    assert _preloadable(config) == (preloaded == "trl")
+    monkeypatch.setitem(sys.modules, "unsloth", None)
+    assert _preloadable(config) == (preloaded == "unsloth")
 
 
 def test_each_rank_sees_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -352,9 +352,9 @@ class _Watch(threading.Thread):
 
     def cause_of(self, error: Exception) -> ParamparaError | None:
         """The failure of another rank that ``error`` of this one comes from; None where ``error`` says itself what it is."""
-        if isinstance(error, ParamparaError) or not isinstance(error, RuntimeError):
+        if isinstance(error, ParamparaError):
             return None
-        if self._failed.wait(5 * _LAST_WORDS_SECONDS):
+        if self._failed.wait(3 * _LAST_WORDS_SECONDS):  # of any class: a library may catch that a layer did not come together, and go on
             return self._failure
         import torch
 
