@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from parampara.errors import InvalidData, InvalidRequest, Preempted
+from parampara.errors import InvalidData, Preempted
 from parampara.execution import stop
 from parampara.manifest import weights_fingerprint
 from parampara.progress import SilentProgress
@@ -236,8 +236,10 @@ def test_smoothing_is_for_the_loss_that_has_it() -> None:
 def test_it_trains_an_adapter_in_one_process(base: Path, pairs: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stage dpo trains an adapter"):
         DpoParams(lora=None)
-    with pytest.raises(InvalidRequest, match="is to train in 2 processes, and stage dpo trains in one; set PARAMPARA_WORKER__PROCESSES=1"):
-        run(dpo_config(base, pairs).model_copy(update={"machine": Machine(processes=2)}), tmp_path)
+    config = dpo_config(base, pairs, max_steps=2).model_copy(update={"machine": Machine(processes=2)})
+    progress = Recorder()
+    assert run(config, tmp_path, progress).processes == 1
+    assert "one process trains, and not 2: stage dpo knows no other way" in progress.events
 
 
 @pytest.mark.slow

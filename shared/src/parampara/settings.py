@@ -47,8 +47,8 @@ class WorkerSettings(BaseModel):
     """What an hour of this machine costs, in the currency you like; None: training reports no cost."""
     peak_flops: Annotated[float, Field(gt=0)] | None = None
     """Peak of this worker's device, FLOPS per second; None: from a table of GPUs, and no MFU elsewhere."""
-    processes: Annotated[int, Field(ge=1, le=64)] | None = None
-    """How many processes train one model together, a GPU each; None: one for each visible GPU, one on a CPU."""
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
+    """How many processes train one model together, a GPU each."""
 
     @model_validator(mode="after")
     def _beats_often_enough(self) -> WorkerSettings:

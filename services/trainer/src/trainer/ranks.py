@@ -44,7 +44,6 @@ _LAST_WORDS_SECONDS = 1.0
 """From the end of a rank until the stage decides which error it was: one that lost its partner may end before that one is seen."""
 _GRACE_SECONDS = 20.0
 """From there until this process ends by force, where the main thread waits in a kernel that never ends."""
-_FIX = "set PARAMPARA_WORKER__PROCESSES=1"
 
 
 @dataclass(frozen=True)
@@ -166,40 +165,34 @@ ALONE = Group()
 
 
 def processes(config: Config) -> tuple[int, str | None]:
-    """How many processes train, and where that is fewer than the visible GPUs although nobody asked for it, why.
+    """How many processes train, and where that is fewer than the worker is set to, why.
 
     Raises:
-        InvalidRequest: ``config.machine.processes`` can not be had.
+        InvalidRequest: ``config.machine.processes`` is more than there are GPUs.
     """
     import torch
 
     gpus, asked = torch.cuda.device_count(), config.machine.processes
-    fault = _bound_to_one(config)
-    if asked is None:
-        alone = gpus > 1 and fault is not None
-        return (1, f"one of {gpus} GPUs trains: {fault[0]}") if alone and fault else (max(1, gpus), None)
-    if asked > 1 and fault is not None:
-        why, change, field = fault
-        raise InvalidRequest(
-            f"The stage is to train in {asked} processes, and {why}; {f'{change}, or ' if change else ''}{_FIX}.", param=field
-        )
+    if asked > 1 and (fault := _bound_to_one(config)) is not None:
+        return 1, f"one process trains, and not {asked}: {fault}"
     if gpus and asked > gpus:
         raise InvalidRequest(
-            f"The stage is to train in {asked} processes, a GPU each, and {gpus} are visible; {_FIX[:-1]}{gpus}.", param="machine.processes"
+            f"The stage is to train in {asked} processes, a GPU each, and {gpus} are visible; set PARAMPARA_WORKER__PROCESSES={gpus}.",
+            param="machine.processes",
         )
     return asked, None
 
 
-def _bound_to_one(config: Config) -> tuple[str, str | None, str] | None:
-    """Why only one process can train this, what to change if anything can be, and which field that is."""
+def _bound_to_one(config: Config) -> str | None:
+    """Why only one process can train this."""
     if config.kind == "dpo":
-        return "stage dpo trains in one", None, "machine.processes"
+        return "stage dpo knows no other way"
     if config.params.lora is None:
-        return "lora is null, and whole weights are trained in one", "give lora", "params.lora"
+        return "lora is null, and whole weights are not sharded"
     if config.backend == "unsloth":
-        return "backend is unsloth, which trains on one GPU", "use auto or trl", "backend"
+        return "backend is unsloth, which trains on one GPU"
     if config.params.train.load_in_4bit:
-        return "load_in_4bit is true, and packed weights are not sharded", "set load_in_4bit to false", "params.train.load_in_4bit"
+        return "load_in_4bit is true, and packed weights are not sharded"
     return None
 
 
@@ -213,7 +206,7 @@ def run(config: Config, train: Callable[..., TrainResult], *, workdir: Path, pro
     """
     size, reason = processes(config)
     if reason is not None:
-        progress.event(reason)
+        progress.event(reason, level="warn")
     if size == 1:
         return train(config, workdir=workdir, progress=progress, group=ALONE)
     with _started(config, workdir=workdir, size=size) as group:

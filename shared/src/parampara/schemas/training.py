@@ -185,8 +185,8 @@ class Machine(Strict):
     peak_flops: Annotated[float, Field(gt=0)] | None = None
     """FLOPS per second of the device in the format trained in; None: from a table of GPUs, and unknown elsewhere."""
     price_per_hour: Annotated[float, Field(ge=0)] | None = None
-    processes: Annotated[int, Field(ge=1, le=64)] | None = None
-    """How many train one model together, a GPU each. None: one for each visible GPU, one on a CPU."""
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
+    """How many train one model together, a GPU each."""
 
 
 class DaptConfig(Strict):
