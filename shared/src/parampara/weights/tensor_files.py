@@ -38,6 +38,8 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
+_SEND_BYTES = 64 * 1024 * 1024
+"""Written bytes after which the system is asked to bring them to the disk."""
 _WRITES_AHEAD = 8
 """Calls of :meth:`ShardWriter.write` whose rows may wait for the disk, in memory."""
 
@@ -186,6 +188,7 @@ class ShardWriter:
         self._path = path
         self._digest = hashlib.sha256() if hashed else None
         self._file = path.open("wb", buffering=0)
+        self._unsent = 0
         self._behind = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-writer") if behind else None
         self._waiting: deque[Future[None]] = deque()
         self._put(memoryview(len(encoded).to_bytes(8, "little") + encoded))
@@ -214,7 +217,13 @@ class ShardWriter:
         if self._digest is not None:
             self._digest.update(data)
         while data:  # one write takes at most 2 GiB
-            data = data[self._file.write(data) :]
+            count = self._file.write(data)
+            self._unsent += count
+            data = data[count:]
+        if self._unsent >= _SEND_BYTES:
+            # Linux begins to write such a range to the disk and goes on: less is left to wait for when the file is synced
+            os.posix_fadvise(self._file.fileno(), self._file.tell() - self._unsent, self._unsent, os.POSIX_FADV_DONTNEED)
+            self._unsent = 0
 
     def __enter__(self) -> ShardWriter:
         return self
