@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from parampara.errors import InvalidData, Preempted
+from parampara.errors import Diverged, InvalidData, Preempted
 from parampara.execution import stop
 from parampara.manifest import weights_fingerprint
 from parampara.progress import SilentProgress
@@ -20,6 +20,7 @@ from parampara.schemas.stages import DpoConfig, DpoParams, Machine, TrainResult
 from tests.trainer.runs import dpo_config, losses, start, write_preferences
 from tests.trainer.test_training import Recorder
 from trainer import dpo
+from trainer.divergence import require_no_runaway
 from trainer.engine import load_tokenizer
 from trainer.preferences import PairLayout, build_rows, pairs_in
 
@@ -182,13 +183,12 @@ def test_out_of_memory_splits_pairs_and_keeps_the_losses(base: Path, pairs: Path
     computed = DPOTrainer.compute_loss
 
     def small_memory(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if pairs_in(inputs) > 1:
+        if pairs_in(inputs) > 1 and (self.model.training or self.run.ledger.parts > 1):  # before the first step nothing is known yet
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return computed(self, model, inputs, *args, **kwargs)
 
     config = dpo_config(base, pairs, max_tokens_per_batch=1024, max_steps=4)
     assert not run(config, tmp_path / "large").micro_batch_reductions
-    monkeypatch.setattr("trainer.preference_loop._PAIRS_PER_BATCH", 1)  # validation has no smaller batches to try
     monkeypatch.setattr(DPOTrainer, "compute_loss", small_memory)
     result = run(config, tmp_path / "small")
     assert result.micro_batch_reductions
@@ -252,3 +252,19 @@ def test_unsloth_gives_the_same_losses(base: Path, pairs: Path, tmp_path: Path) 
         assert json.loads((tmp_path / backend / "result.json").read_text())["backend"] == backend
         found[backend] = list(losses(tmp_path / backend).values())
     assert found["unsloth"] == pytest.approx(found["trl"], rel=1e-4)
+
+
+def test_a_setting_of_ones_own_leaves_the_others_as_they_are() -> None:
+    changed = DpoParams.model_validate({"train": {"epochs": 2}, "lora": {"r": 8}})
+    assert changed.lora is not None
+    assert (changed.train.learning_rate, changed.train.packing, changed.lora.lora_dropout) == (1e-5, False, 0.0)
+    assert (changed.train.epochs, changed.lora.r) == (2, 8)
+    assert DpoParams.model_validate({"train": {"learning_rate": 1e-4}}).train.learning_rate == 1e-4
+
+
+def test_a_negative_loss_that_grows_better_is_no_runaway() -> None:
+    """``robust`` lies below zero once pairs are told apart: three times that is no bound."""
+    require_no_runaway([-0.1 - 0.002 * step for step in range(200)])
+    require_no_runaway([0.0] * 100 + [0.2] * 60)
+    with pytest.raises(Diverged):
+        require_no_runaway([0.5] * 100 + [2.0] * 60)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -123,8 +124,24 @@ def weights_fingerprint(directory: Path) -> str:
     shards = sorted(directory.glob("*.safetensors"))
     if not shards:
         raise InvalidData(f"{directory} holds no *.safetensors file; convert the model to safetensors first.")
+    over = threading.Event()
     with ThreadPoolExecutor(max_workers=_SHARDS_AT_ONCE) as pool:
-        return fingerprint_of_shards(dict(zip((shard.name for shard in shards), pool.map(sha256_file, shards), strict=True)))
+        try:
+            digests = list(pool.map(lambda shard: _sha256_until(shard, over), shards))
+        except BaseException:  # a stop among them: the threads need not read to the end
+            over.set()
+            raise
+    return fingerprint_of_shards(dict(zip((shard.name for shard in shards), digests, strict=True)))
+
+
+def _sha256_until(path: Path, over: threading.Event) -> str:
+    """:func:`sha256_file`, given up soon after ``over`` is set."""
+    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while not over.is_set() and (count := file.readinto(buffer)):
+            digest.update(view[:count])
+    return digest.hexdigest()
 
 
 def fingerprint_of_shards(digests: Mapping[str, str]) -> str:

@@ -152,8 +152,12 @@ def agreement(parent: torch.Tensor, child: torch.Tensor) -> Agreement:
 
 
 def _merge_into(loaded: Any, model: MergedModel) -> None:
+    from parampara.weights.full import FullWeights
+
     tensors = loaded.state_dict()
-    for name in model.changed & tensors.keys():  # whole weights hold what the library leaves unread, too: old tables of positions
+    whole = set().union(*(trained.targets for trained in model.adapters if isinstance(trained, FullWeights)))
+    unread = whole - tensors.keys()  # whole weights hold what the library leaves unread, too: old tables of positions
+    for name in model.changed - unread:
         info, start = model.tensors[name], 0
         target = tensors[name].view(info.rows, info.row_elements)
         for rows in model.rows(name):

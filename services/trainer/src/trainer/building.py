@@ -69,7 +69,7 @@ def build_trainer(
     kind: Any = type("StageTrainer", (loop, base), {})
     adapter = adapter_parameters(model)
     trainer = kind(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
-    if pairs:
+    if pairs and "ref" in model.peft_config:
         model.delete_adapter("ref")  # the library's copy of the adapter at its start, where it changes nothing: the base is the same
     restore_adapter(model, adapter)
     trainer.remove_callback(PrinterCallback)
@@ -98,7 +98,7 @@ def training_arguments(config: Config, *, hardware: Hardware, steps: int, workdi
     loss: dict[str, Any] = {"loss_type": "nll", "dataset_kwargs": {"skip_prepare_dataset": True}}
     if isinstance(config, DpoConfig):
         loss = {name: getattr(config.params, name) for name in ("beta", "loss_type", "label_smoothing")}
-        loss["disable_dropout"] = False  # lora_dropout says how much
+        loss["disable_dropout"] = config.params.lora is None or not config.params.lora.lora_dropout  # that of the base too
     return {
         "output_dir": str(workdir / "trainer"),
         "max_steps": steps,

@@ -36,7 +36,7 @@ def require_no_runaway(losses: Sequence[float]) -> None:
     if len(before) < RUNAWAY_STEPS:
         return
     usual = statistics.median(before)
-    if min(now) > RUNAWAY_FACTOR * usual:
+    if usual > 0 and min(now) > RUNAWAY_FACTOR * usual:  # a loss of preferences may be negative, and no factor says what is high then
         raise Diverged(
             f"Step {len(losses)}: the loss has been above {RUNAWAY_FACTOR:g} times its usual {usual:.4f} for {RUNAWAY_STEPS} steps (now "
             f"{now[-1]:.4f}). Try a lower learning rate."

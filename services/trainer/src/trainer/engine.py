@@ -107,8 +107,8 @@ def train_adapter(
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         progress.phase("validate")
         after = trainer.run.validate(trainer.model)
-    append_metrics(trainer.run.metrics_path, plan.steps, {"validation_loss": after, **trainer.held_out_figures})
-    outcome = _choose_step(trainer, after, progress)
+        append_metrics(trainer.run.metrics_path, plan.steps, {"validation_loss": after, **trainer.held_out_figures})
+        outcome = _choose_step(trainer, after, progress)
     sharding.put_together(trainer.model, keep=group.first)
     progress.phase("write adapter")
     result = _result(

@@ -6,6 +6,7 @@ It runs the same stage function as rank 0 and says nothing but how it failed. Si
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import json
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from parampara.errors import EXIT_OK, OutOfMemory, ParamparaError, ProcessDied
-from parampara.execution.child import die_with_supervisor, read_config
+from parampara.execution.child import die_with_supervisor, disk_full, read_config
 from parampara.progress import SilentProgress
 from parampara.schemas.stages import DaptConfig, SftConfig
 
@@ -47,7 +48,8 @@ def follow(workdir: Path, *, rank: int, size: int) -> NoReturn:
 
 def _end(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with contextlib.suppress(OSError):  # disk full: the exit code still tells
+            stream.flush()
     os._exit(code)  # at once: the others see the end of this process by its connections
 
 
@@ -71,8 +73,11 @@ def _take_part(workdir: Path, *, rank: int, size: int) -> int:
         error = OutOfMemory("A process of the stage ran out of memory; use a smaller batch or sequence length.")
     except Exception as caught:  # noqa: BLE001 - the boundary of the process: rank 0 is told whatever it was
         traceback.print_exc()
-        error = ProcessDied(f"Process {rank + 1} of the {size} that train together failed: {type(caught).__name__}: {str(caught)[:500]}")
-    ranks.tell(folder, rank, error)
+        error = disk_full(caught) or ProcessDied(
+            f"Process {rank + 1} of the {size} that train together failed: {type(caught).__name__}: {str(caught)[:500]}"
+        )
+    with contextlib.suppress(OSError):
+        ranks.tell(folder, rank, error)
     return error.exit_code
 
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from parampara.errors import Diverged, Preempted
+from trainer import memory
 from trainer.layout import Layout
 from trainer.loop import StageLoop
 from trainer.precision import Hardware
 from trainer.preferences import pairs_in
 from trainer.rows import TokenRow
+from trainer.validation import TOKENS_PER_BATCH
 
 _FIGURES = {"reward_accuracy": "rewards/accuracies", "reward_margin": "rewards/margins"}
 """Our names to those of ``DPOTrainer``, which notes a mean for each micro-batch."""
@@ -42,6 +45,14 @@ class PreferenceLoop(StageLoop):
         super().micro_step(model, batch, num_items_in_batch)
         self._note("train", batch)
 
+    def _train_on(self, model: Any, rows: list[TokenRow], num_items_in_batch: Any) -> torch.Tensor:
+        before = dict(self._sums["train"])
+        try:
+            return super()._train_on(model, rows, num_items_in_batch)
+        except BaseException:
+            self._sums["train"] = before  # the step is trained again as a whole, in smaller micro-batches
+            raise
+
     def figures_of_step(self) -> dict[str, float]:
         return self._noted("train")
 
@@ -55,6 +66,7 @@ class PreferenceLoop(StageLoop):
         model.eval()
         self._forget("eval")
         total = 0.0
+        layout = memory.smaller(replace(layout, max_tokens=min(TOKENS_PER_BATCH, layout.max_tokens)), self.run.ledger.parts)
         for start in range(0, len(rows), _PAIRS_PER_BATCH):
             for batch in layout.collate(rows[start : start + _PAIRS_PER_BATCH]):
                 if self.run.stopped():

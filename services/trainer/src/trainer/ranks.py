@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 from parampara import errors
 from parampara.errors import EXIT_OK, EXIT_PREEMPTED, InvalidRequest, ParamparaError, ProcessDied
 from parampara.execution import stop
-from parampara.execution.child import SUPERVISOR_PID
+from parampara.execution.child import SUPERVISOR_PID, disk_full
 from parampara.progress import Progress
 from parampara.schemas.stages import DaptConfig, DpoConfig, SftConfig, TrainResult
 from parampara.storage import write_atomically
@@ -172,8 +172,10 @@ def processes(config: Config) -> tuple[int, str | None]:
     """
     import torch
 
-    gpus, asked = torch.cuda.device_count(), config.machine.processes
-    if asked > 1 and (fault := _bound_to_one(config)) is not None:
+    if (asked := config.machine.processes) == 1:  # and no GPU is counted, which may touch it: a fork could not use it any more
+        return 1, None
+    gpus = torch.cuda.device_count()
+    if (fault := _bound_to_one(config)) is not None:
         return 1, f"one process trains, and not {asked}: {fault}"
     if gpus and asked > gpus:
         raise InvalidRequest(
@@ -248,10 +250,6 @@ def _started(config: Config, *, workdir: Path, size: int) -> Iterator[Group]:
         if (cause := watch.cause_of(error)) is not None:
             raise cause from error
         raise
-    else:
-        import torch
-
-        torch.distributed.destroy_process_group()
     finally:
         watch.end()
         shutil.rmtree(folder, ignore_errors=True)
@@ -345,7 +343,7 @@ class _Watch(threading.Thread):
 
     def cause_of(self, error: Exception) -> ParamparaError | None:
         """The failure of another rank that ``error`` of this one comes from; None where ``error`` says itself what it is."""
-        if isinstance(error, ParamparaError):
+        if isinstance(error, ParamparaError) or disk_full(error) is not None:
             return None
         if self._failed.wait(3 * _LAST_WORDS_SECONDS):  # of any class: a library may catch that a layer did not come together, and go on
             return self._failure

@@ -16,7 +16,7 @@ from trainer.ranks import ALONE, Group
 from trainer.rows import IGNORED, TokenRow
 from trainer.store import parts_of
 
-_TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = 2048
 
 
 def mean_loss(
@@ -32,7 +32,7 @@ def mean_loss(
     """
     model.eval()
     total, tokens = 0.0, 0
-    whole = replace(layout, max_tokens=min(_TOKENS_PER_BATCH, layout.max_tokens))
+    whole = replace(layout, max_tokens=min(TOKENS_PER_BATCH, layout.max_tokens))
     for inputs, counts in group.deal(_micro_batches(rows, whole, stopped)):
         count = int((inputs["labels"][:, 1:] != IGNORED).sum())
         moved = {key: value.to(hardware.device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
@@ -56,11 +56,11 @@ def _micro_batches(rows: Sequence[TokenRow], layout: Layout, stopped: Callable[[
 
 
 def _batches(rows: Sequence[TokenRow]) -> Iterator[list[TokenRow]]:
-    """Rows of similar length together, at most ``_TOKENS_PER_BATCH`` padded positions in a batch (or one row)."""
+    """Rows of similar length together, at most ``TOKENS_PER_BATCH`` padded positions in a batch (or one row)."""
     lengths = [sum(parts) for parts in parts_of(rows)]
     batch: list[TokenRow] = []
     for number in sorted(range(len(rows)), key=lambda number: lengths[number]):
-        if batch and lengths[number] * (len(batch) + 1) > _TOKENS_PER_BATCH:
+        if batch and lengths[number] * (len(batch) + 1) > TOKENS_PER_BATCH:
             yield batch
             batch = []
         if (row := rows[number]).trained:

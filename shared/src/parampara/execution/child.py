@@ -106,7 +106,7 @@ def run_stage(stage: Stage, *, config: Path, workdir: Path) -> int:
         return _report(workdir, error.body(), error.exit_code)
     except Exception as error:  # noqa: BLE001 - the boundary of the process: whatever it was goes into error.json
         _say(traceback.format_exc())
-        if (full := _disk_full(error)) is not None:
+        if (full := disk_full(error)) is not None:
             return _report(workdir, full.body(), full.exit_code)
         message = f"{type(error).__name__}: {error}"
         return _report(workdir, {"error": {"message": message, "type": "server_error", "param": None, "code": "stage_crashed"}}, 1)
@@ -189,7 +189,7 @@ def _say(text: str) -> None:
         print(text.rstrip(), file=sys.stderr, flush=True)
 
 
-def _disk_full(error: BaseException) -> DiskFull | None:
+def disk_full(error: BaseException) -> DiskFull | None:
     """The error by its name where a full disk, a quota or a limit on file sizes is behind it, however a library has wrapped it."""
     cause: BaseException | None = error
     while cause is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -122,7 +122,7 @@ class DpoParams(AdapterParams):
     """
 
     lora: LoraParams | None = LoraParams(lora_dropout=0.0)
-    """Without dropout, as TRL has it: the reference knows none, and what it adds would count as a preference."""
+    """Without dropout, as TRL has it: the reference has none in its adapter, and what it adds would count as a preference."""
     train: TrainParams = TrainParams(learning_rate=1e-5, packing=False)
     beta: Annotated[float, Field(gt=0, le=100)] = 0.1
     """How much a distance from the reference costs: the smaller, the further the model may go."""
@@ -133,6 +133,15 @@ class DpoParams(AdapterParams):
     validation_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.05
     system_prompt: Annotated[str, Field(max_length=8000)] | None = None
     """None: that of stage sft in a recipe."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keeps_its_defaults(cls, given: Any) -> Any:
+        """``train: {epochs: 2}`` says nothing of the learning rate: it stays that of this stage, and is not that of all stages."""
+        if not isinstance(given, dict):
+            return given
+        own = {"lora": {"lora_dropout": 0.0}, "train": {"learning_rate": 1e-5, "packing": False}}
+        return {**given, **{key: {**own[key], **given[key]} for key in own if isinstance(given.get(key), dict)}}
 
     @model_validator(mode="after")
     def _has_a_reference(self) -> DpoParams:

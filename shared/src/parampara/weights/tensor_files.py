@@ -14,6 +14,7 @@ import os
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -222,7 +223,8 @@ class ShardWriter:
             data = data[count:]
         if self._unsent >= _SEND_BYTES:
             # Linux begins to write such a range to the disk and goes on: less is left to wait for when the file is synced
-            os.posix_fadvise(self._file.fileno(), self._file.tell() - self._unsent, self._unsent, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # of a file system that takes no advice
+                os.posix_fadvise(self._file.fileno(), self._file.tell() - self._unsent, self._unsent, os.POSIX_FADV_DONTNEED)
             self._unsent = 0
 
     def __enter__(self) -> ShardWriter:
