@@ -40,7 +40,7 @@ _ = trl.SFTTrainer, transformers.Trainer  # lazy imports, done once and not in e
 STAGES = {"dapt": child.Stage(DaptConfig, lambda: dapt.run), "sft": child.Stage(SftConfig, lambda: sft.run)}
 MOMENTS: list[tuple[Any, str]] = [
     (engine, "load_model"),
-    (engine, "mean_loss"),
+    (loop, "mean_loss"),
     (engine, "write_output"),
     (loop.StageLoop, "micro_step"),
     (loop.StageLoop, "_get_grad_norm"),

@@ -49,7 +49,7 @@ def test_trackers_come_from_the_recipe_and_the_machine_from_the_worker(base: Pat
     assert config.tracking_directory == tmp_path / "tracking"
     assert (config.machine.price_per_hour, config.machine.peak_flops, config.machine.processes) == (0.89, 3.64e14, 2)
     plain, same = resolved(base, tmp_path, worker={})
-    assert (plain.tracking.report_to, plain.machine.price_per_hour, plain.machine.processes) == ([], None, None)
+    assert (plain.tracking.report_to, plain.machine.price_per_hour, plain.machine.processes) == ([], None, 1)
     assert key == same  # neither is any part of what is trained
 
 
