@@ -5,7 +5,8 @@ A conversation is rendered as the server will render it; :mod:`parampara.dataset
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from parampara.datasets.chat import conversation_of, segments, token_ids
 from parampara.datasets.qa import require_enough
 from parampara.datasets.split import content_hash
 from parampara.errors import InvalidData
-from parampara.schemas.stages import SftConfig
+from parampara.schemas.stages import DpoConfig, SftConfig
 from trainer.rows import IGNORED, StageData, TokenRow
 
 
@@ -24,29 +25,38 @@ def build_rows(config: SftConfig, tokenizer: Any) -> StageData:
     Raises:
         InvalidData: a file is faulty, the tokenizer has no usable chat template, or a row would train nothing.
     """
+    return rows_of(config, tokenizer, read=read_qa, tokenize=tokenize_row)
+
+
+def rows_of(
+    config: SftConfig | DpoConfig, tokenizer: Any, *, read: Callable[[Path], list[Any]], tokenize: Callable[..., TokenRow]
+) -> StageData:
+    """The rows of a stage that learns from conversations: ``read`` one file, ``tokenize`` one row as :func:`tokenize_row` does.
+
+    Raises:
+        InvalidData: as ``read`` and ``tokenize``, there is too little to hold anything out of, or there is no chat template.
+    """
     if not getattr(tokenizer, "chat_template", None):
-        raise InvalidData(f"{config.model.name}: the tokenizer has no chat template; supervised fine-tuning needs one.", param="model")
-    params = config.params
-    rows = _read(config.data.train)
-    duplicates = count_duplicates([row for _, row in rows])
+        raise InvalidData(f"{config.model.name}: the tokenizer has no chat template; stage {config.kind} needs one.", param="model")
+    params, files = config.params, config.data.train
+    rows = _named(files, read)
     if config.data.validation:
-        train, held = rows, _read(config.data.validation)
+        train, held = rows, _named(config.data.validation, read)
     else:
         distinct = len({content_hash(row.text) for _, row in rows})
-        require_enough(len(rows), distinct=distinct, name=", ".join(path.name for path in config.data.train))
+        require_enough(len(rows), distinct=distinct, name=", ".join(path.name for path in files))
         train, held = hold_out(rows, fraction=params.validation_fraction, seed=config.seed, content=lambda item: item[1].asked)
     cut: list[str] = []
-
-    def tokenize(side: list[tuple[str, QaRow]]) -> list[TokenRow]:
-        return [
-            tokenize_row(row, tokenizer, system_prompt=params.system_prompt, max_length=params.train.max_seq_length, name=name, cut=cut)
-            for name, row in side
-        ]
-
-    data = StageData(train=tokenize(train), validation=tokenize(held), facts={"duplicate_rows": duplicates})
-    asked_in_both = count_asked_in_both([row for _, row in train], [row for _, row in held])
-    data.facts.update(train_rows=len(train), validation_rows=len(held), truncated_rows=len(cut), asked_in_both=asked_in_both)
-    return data
+    tokens = partial(tokenize, tokenizer=tokenizer, system_prompt=params.system_prompt, max_length=params.train.max_seq_length, cut=cut)
+    sides = [[tokens(row, name=name) for name, row in side] for side in (train, held)]
+    facts: dict[str, int | float | str] = {
+        "duplicate_rows": count_duplicates([row for _, row in rows]),
+        "train_rows": len(train),
+        "validation_rows": len(held),
+        "truncated_rows": len(cut),
+        "asked_in_both": count_asked_in_both([row for _, row in train], [row for _, row in held]),
+    }
+    return StageData(train=sides[0], validation=sides[1], facts=facts)
 
 
 def tokenize_row(
@@ -77,5 +87,5 @@ def tokenize_row(
     return result
 
 
-def _read(paths: Sequence[Path]) -> list[tuple[str, QaRow]]:
-    return [(f"{path.name} row {number}", row) for path in paths for number, row in enumerate(read_qa(path), 1)]
+def _named(paths: Sequence[Path], read: Callable[[Path], list[Any]]) -> list[tuple[str, Any]]:
+    return [(f"{path.name} row {number}", row) for path in paths for number, row in enumerate(read(path), 1)]

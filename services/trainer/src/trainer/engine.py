@@ -20,7 +20,7 @@ from parampara.errors import InvalidData
 from parampara.execution import stop
 from parampara.manifest import weights_fingerprint
 from parampara.progress import Progress
-from parampara.schemas.stages import DpoConfig, MicroBatchReduction, TrainParams, TrainResult
+from parampara.schemas.stages import DpoConfig, MicroBatchReduction, TrainResult
 from parampara.schemas.training import AdapterParams
 from trainer import faults, full, memory, sharding, tracking
 from trainer.backends import Choice
@@ -51,17 +51,11 @@ def train_adapter(
         InvalidData, InvalidRequest: configuration, model directory or data can not work.
         Preempted, Diverged, OutOfMemory: see :mod:`parampara.errors`.
     """
-    params = config.params
     with stop.interruptible("while the data were read"):
-        hardware = _choose_hardware(params.train, progress, group)
-        progress.event(f"backend {choice.name}: {choice.reason}", backend=choice.name, device=hardware.device.type, dtype=hardware.dtype)
-        if params.train.load_in_4bit:
-            progress.event(
-                "the adapter is trained on a 4-bit copy of the base and merged into the base itself: the two differ", level="warn"
-            )
+        hardware = _announced_hardware(config, choice=choice, progress=progress, group=group)
         _require_model_directory(config.model)
-        if params.lora is None:
-            full.check(config.model, params.train, hardware, progress)
+        if config.params.lora is None:
+            full.check(config.model, config.params.train, hardware, progress)
         directory = config.tracking_directory or workdir / "tracking"
         tracking.prepare(config.tracking, directory=directory, run=run_name(config, workdir))
         progress.phase("prepare data")
@@ -70,17 +64,17 @@ def train_adapter(
         tokenizer = load_tokenizer(config.model)
         with group.in_turn():
             data = build(config, tokenizer)
-    with _out_of_memory_named(params):
+    with _out_of_memory_named(config.params):
         progress.phase("load model")
         with stop.interruptible("while the model was loaded"):
             model = load_model(config, choice, hardware, group)
             layout = fit_layout(config, choice=choice, hardware=hardware, model=model, tokenizer=tokenizer)
             plan = plan_steps(config, data, layout)
             announce(config, data, layout, plan, progress)
-            facts = _resume_facts(config, choice=choice, hardware=hardware, data=data, plan=plan, layout=layout, base_sha256=base_sha256)
-            if group.size > 1:
-                facts["processes"] = group.size
-            store = CheckpointStore(workdir / "checkpoints", facts=facts, keep=params.train.keep_checkpoints)
+            facts = _resume_facts(
+                config, choice=choice, hardware=hardware, data=data, plan=plan, layout=layout, base_sha256=base_sha256, group=group
+            )
+            store = CheckpointStore(workdir / "checkpoints", facts=facts, keep=config.params.train.keep_checkpoints)
             trainer = build_trainer(
                 config, choice=choice, hardware=hardware, model=model, tokenizer=tokenizer, data=data, plan=plan, workdir=workdir
             )
@@ -141,8 +135,13 @@ def load_tokenizer(model: Path) -> Any:
         raise InvalidData(f"{model}: its tokenizer can not be read ({str(error).splitlines()[0][:200]}).", param="model") from None
 
 
-def _choose_hardware(train: TrainParams, progress: Progress, group: Group) -> Hardware:
+def _announced_hardware(config: Config, *, choice: Choice, progress: Progress, group: Group) -> Hardware:
+    """Device, format and optimizer of the run, told with what about them is not as it was asked for."""
+    train = config.params.train
     hardware = choose_hardware(train.precision, train.optim)
+    progress.event(f"backend {choice.name}: {choice.reason}", backend=choice.name, device=hardware.device.type, dtype=hardware.dtype)
+    if train.load_in_4bit:
+        progress.event("the adapter is trained on a 4-bit copy of the base and merged into the base itself: the two differ", level="warn")
     if group.size == 1 or (taken := sharding.optimizer_for_shards(hardware.optimizer)) == hardware.optimizer:
         return hardware
     progress.event(
@@ -157,7 +156,7 @@ def _require_model_directory(path: Path) -> None:
 
 
 def _resume_facts(
-    config: Config, *, choice: Choice, hardware: Hardware, data: StageData, plan: Plan, layout: Layout, base_sha256: str
+    config: Config, *, choice: Choice, hardware: Hardware, data: StageData, plan: Plan, layout: Layout, base_sha256: str, group: Group
 ) -> dict[str, Any]:
     """Everything that must be equal for a resumed run to be the same run. Not paths, retention, trackers and prices."""
     settings = config.model_dump(mode="json", exclude={"model", "data", "tracking", "tracking_directory", "machine"})
@@ -174,6 +173,7 @@ def _resume_facts(
         "layout": [layout.kind, layout.max_tokens],
         "base": base_sha256,
         "versions": library_versions(),
+        **({"processes": group.size} if group.size > 1 else {}),
     }
 
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from parampara.datasets import Message, PreferenceRow, QaRow, count_asked_in_both, count_duplicates, hold_out, read_preferences
+from parampara.datasets import Message, PreferenceRow, QaRow, read_preferences
 from parampara.datasets.chat import conversation_of, segments, token_ids
-from parampara.datasets.qa import require_enough
-from parampara.datasets.split import content_hash
 from parampara.errors import InvalidData
 from parampara.schemas.stages import DpoConfig
 from trainer.binning import by_length
+from trainer.chat import rows_of
 from trainer.layout import Layout
 from trainer.rows import IGNORED, StageData, TokenRow
 
@@ -26,29 +24,7 @@ def build_rows(config: DpoConfig, tokenizer: Any) -> StageData:
     Raises:
         InvalidData: a file is faulty, the tokenizer has no usable chat template, or nothing is left of an answer.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise InvalidData(f"{config.model.name}: the tokenizer has no chat template; preferences need one.", param="model")
-    params = config.params
-    pairs = _read(config.data.train)
-    duplicates = count_duplicates([pair for _, pair in pairs])
-    if config.data.validation:
-        train, held = pairs, _read(config.data.validation)
-    else:
-        distinct = len({content_hash(pair.text) for _, pair in pairs})
-        require_enough(len(pairs), distinct=distinct, name=", ".join(path.name for path in config.data.train))
-        train, held = hold_out(pairs, fraction=params.validation_fraction, seed=config.seed, content=lambda item: item[1].asked)
-    cut: list[str] = []
-
-    def tokenize(side: list[tuple[str, PreferenceRow]]) -> list[TokenRow]:
-        return [
-            tokenize_pair(pair, tokenizer, system_prompt=params.system_prompt, max_length=params.train.max_seq_length, name=name, cut=cut)
-            for name, pair in side
-        ]
-
-    data = StageData(train=tokenize(train), validation=tokenize(held), facts={"duplicate_rows": duplicates})
-    asked_in_both = count_asked_in_both([pair for _, pair in train], [pair for _, pair in held])
-    data.facts.update(train_rows=len(train), validation_rows=len(held), truncated_rows=len(cut), asked_in_both=asked_in_both)
-    return data
+    return rows_of(config, tokenizer, read=read_preferences, tokenize=tokenize_pair)
 
 
 def tokenize_pair(
@@ -127,7 +103,3 @@ def pairs_in(batch: dict[str, Any]) -> int:
 
 def _longer(lengths: Sequence[int]) -> list[int]:
     return [max(lengths[i : i + 2]) for i in range(0, len(lengths), 2)]
-
-
-def _read(paths: Sequence[Path]) -> list[tuple[str, PreferenceRow]]:
-    return [(f"{path.name} row {number}", pair) for path in paths for number, pair in enumerate(read_preferences(path), 1)]

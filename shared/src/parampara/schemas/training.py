@@ -198,43 +198,34 @@ class Machine(Strict):
     """How many train one model together, a GPU each."""
 
 
-class DaptConfig(Strict):
-    kind: Literal["dapt"] = "dapt"
+class TrainingConfig(Strict):
+    """What the configurations of all training stages have; ``kind``, ``data`` and ``params`` are each stage's own."""
+
     model: Path
+    backend: Literal["auto", "unsloth", "trl"] = "auto"
+    seed: int = 42
+    tracking: Tracking = Tracking()
+    tracking_directory: Path | None = None
+    """None: ``workdir / "tracking"``."""
+    machine: Machine = Machine()
+
+
+class DaptConfig(TrainingConfig):
+    kind: Literal["dapt"] = "dapt"
     data: TextData
     params: DaptParams = DaptParams()
-    backend: Literal["auto", "unsloth", "trl"] = "auto"
-    seed: int = 42
-    tracking: Tracking = Tracking()
-    tracking_directory: Path | None = None
-    """None: ``workdir / "tracking"``."""
-    machine: Machine = Machine()
 
 
-class SftConfig(Strict):
+class SftConfig(TrainingConfig):
     kind: Literal["sft"] = "sft"
-    model: Path
     data: QaData
     params: SftParams = SftParams()
-    backend: Literal["auto", "unsloth", "trl"] = "auto"
-    seed: int = 42
-    tracking: Tracking = Tracking()
-    tracking_directory: Path | None = None
-    """None: ``workdir / "tracking"``."""
-    machine: Machine = Machine()
 
 
-class DpoConfig(Strict):
+class DpoConfig(TrainingConfig):
     kind: Literal["dpo"] = "dpo"
-    model: Path
     data: PreferenceData
     params: DpoParams = DpoParams()
-    backend: Literal["auto", "unsloth", "trl"] = "auto"
-    seed: int = 42
-    tracking: Tracking = Tracking()
-    tracking_directory: Path | None = None
-    """None: ``workdir / "tracking"``."""
-    machine: Machine = Machine()
 
 
 class MicroBatchReduction(Strict):
