@@ -57,6 +57,7 @@ def build_trainer(
 ) -> Any:
     from datasets import Dataset
     from transformers import PrinterCallback, set_seed
+    from trl import DPOTrainer
 
     set_seed(config.seed)
     arguments = _arguments_of(config)(**training_arguments(config, hardware=hardware, steps=plan.steps, workdir=workdir))
@@ -65,7 +66,7 @@ def build_trainer(
     first = data.train[0]
     rows = Dataset.from_dict({"input_ids": [first.input_ids], "labels": [first.labels]})
     pairs = isinstance(config, DpoConfig)
-    loop, base = (PreferenceLoop, choice.module.preference_base()) if pairs else (StageLoop, choice.module.trainer_base())
+    loop, base = (PreferenceLoop, DPOTrainer) if pairs else (StageLoop, choice.module.trainer_base())
     kind: Any = type("StageTrainer", (loop, base), {})
     adapter = adapter_parameters(model)
     trainer = kind(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)

@@ -45,10 +45,6 @@ class Backend(Protocol):
         """The SFTTrainer class to build on."""
         ...
 
-    def preference_base(self) -> type:
-        """The DPOTrainer class to build on, for a model that has its adapter already."""
-        ...
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -64,7 +60,7 @@ def choose(wanted: Literal["auto", "unsloth", "trl"], *, cache: Path, full: bool
 
     ``cache`` is where Unsloth may write the code that it generates. ``full``: every weight is trained, which Unsloth does by other code
     on a GPU (weights in bfloat16, models compiled anew) than on a CPU, so that no test here would speak for it: plain TRL does it.
-    :func:`trainer.ranks.processes` refuses Unsloth for several.
+    :func:`trainer.ranks.processes` lets Unsloth train in one process alone.
 
     Raises:
         InvalidRequest: Unsloth was asked for by name and can not run here, or not train every weight.

@@ -47,9 +47,3 @@ def trainer_base() -> type:
             return Trainer.compute_loss(self, model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
 
     return PlainSFTTrainer
-
-
-def preference_base() -> type:
-    from trl import DPOTrainer
-
-    return DPOTrainer

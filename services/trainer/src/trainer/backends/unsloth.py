@@ -35,9 +35,3 @@ def trainer_base() -> type:
     from trl import SFTTrainer
 
     return SFTTrainer
-
-
-def preference_base() -> type:
-    from trl import DPOTrainer
-
-    return DPOTrainer
